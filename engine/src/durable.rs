@@ -1,0 +1,69 @@
+//! Making files survive a power cut. Every file that an acknowledgement rests on is synced here and
+//! nowhere else, and a failed sync ends the process: after one, the kernel may have dropped the very
+//! pages that were to be kept, and a second attempt would report success without them.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use crate::sabotage;
+
+/// Exit code of a process that could not sync (`EX_IOERR` of sysexits.h).
+pub const EXIT_SYNC_FAILED: i32 = 74;
+
+/// Writes a file's data to the disk, or ends the process.
+pub fn sync(file: &File, path: &Path) {
+    if sabotage::is(sabotage::NO_FSYNC) {
+        return;
+    }
+    if let Err(cause) = file.sync_data() {
+        end(path, &cause);
+    }
+}
+
+/// Writes a directory's entries to the disk, or ends the process. A file is only there after a crash
+/// when the directory that names it was synced, too.
+pub fn sync_dir(path: &Path) {
+    if sabotage::is(sabotage::NO_FSYNC) {
+        return;
+    }
+    if let Err(cause) = File::open(path).and_then(|dir| dir.sync_all()) {
+        end(path, &cause);
+    }
+}
+
+/// Makes a directory with all its parents, each synced into the one above it.
+///
+/// # Errors
+/// What the system says when it cannot be made.
+pub fn create_dir(path: &Path) -> io::Result<()> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(Path::new(""));
+    create_dir(parent)?;
+    match std::fs::create_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    Ok(())
+}
+
+/// Puts a synced file in its final place: rename, then sync of the directory.
+///
+/// # Errors
+/// What the system says when it cannot be renamed.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::rename(from, to)?;
+    if let Some(parent) = to.parent() {
+        sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    }
+    Ok(())
+}
+
+/// Says why and ends the process: nothing may be acknowledged after a failed sync.
+pub fn end(path: &Path, cause: &dyn std::error::Error) -> ! {
+    tracing::error!(path = %path.display(), %cause, "fsync failed; ending the process, since what was written may be gone");
+    std::process::exit(EXIT_SYNC_FAILED)
+}

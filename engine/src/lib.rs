@@ -1,0 +1,29 @@
+//! The vocabulary and the runtime of Afferent.
+//!
+//! A pipeline is a graph of stages; Arrow batches flow one way, source -> operators -> sink, over bounded
+//! edges; an epoch commits only when everything that came of it is durable. This crate knows no protocol,
+//! no YAML, no SQL and no ONNX: it takes a [`graph::Graph`], so that embedders and tests build one in Rust.
+
+pub mod batch;
+pub mod component;
+pub mod config;
+pub mod durable;
+pub mod error;
+pub mod graph;
+pub mod message;
+pub mod metrics;
+pub mod operator;
+pub mod position;
+pub mod registry;
+pub mod rejected;
+pub mod sabotage;
+pub mod sink;
+pub mod source;
+
+pub use batch::{Batch, Element};
+pub use error::{Class, Error, Result};
+pub use operator::{AsyncOperator, Operator, Outputs, State, StateDelta};
+pub use position::{Epoch, Position};
+pub use rejected::{Given, Rejected};
+pub use sink::{Prepared, Sink};
+pub use source::{Pulled, Source};

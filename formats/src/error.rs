@@ -1,0 +1,78 @@
+//! What can go wrong with a codec or a file as a whole; every public function of this crate gives it. A bad
+//! payload or line is no error: it is rejected with a reason and the rest flows.
+
+use std::path::PathBuf;
+
+use arrow::datatypes::DataType;
+use arrow::error::ArrowError;
+use parquet::errors::ParquetError;
+
+/// An error of a whole codec or file, never of a single payload or line.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// A column's type has no representation in the format, or none in a declaration.
+    #[error("column '{column}' has type {data_type}, which {place} cannot hold")]
+    UnsupportedType {
+        /// What cannot hold it, e.g. `json`.
+        place: &'static str,
+        /// The column's name.
+        column: String,
+        /// Its Arrow type.
+        data_type: DataType,
+    },
+    /// The batch does not have the schema that the encoder or writer was made for.
+    #[error("cannot encode a batch with columns ({found}) as one with columns ({declared})")]
+    OtherSchema {
+        /// Columns of the batch.
+        found: String,
+        /// Columns of the encoder.
+        declared: String,
+    },
+    /// JSON lines and CSV say nothing of types.
+    #[error("cannot read {path} as {format} without a schema; `afferent infer-schema` writes one")]
+    SchemaRequired {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
+    /// A columnar file does not have the declared columns.
+    #[error("cannot read {path} under the declared schema: {reason}")]
+    SchemaMismatch {
+        /// The file.
+        path: PathBuf,
+        /// Which column, and why.
+        reason: String,
+    },
+    /// The CSV options make no sense, or the header does not.
+    #[error("cannot use csv: {0}")]
+    Csv(String),
+    /// A sample holds nothing from which a schema follows.
+    #[error("cannot infer a schema: {0}")]
+    Infer(String),
+    /// The encoded batch would pass 2 GiB, the limit of Arrow's 32-bit offsets.
+    #[error("cannot encode a batch of {rows} rows: it would pass 2 GiB; send smaller batches")]
+    TooLarge {
+        /// Rows of the batch.
+        rows: usize,
+    },
+    /// The operating system said no.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// What was attempted, e.g. `open`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Writing the encoded bytes failed.
+    #[error("cannot write encoded rows: {0}")]
+    Write(#[from] std::io::Error),
+    /// Arrow refused a batch.
+    #[error("arrow: {0}")]
+    Arrow(#[from] ArrowError),
+    /// Parquet refused a file.
+    #[error("parquet: {0}")]
+    Parquet(#[from] ParquetError),
+}
