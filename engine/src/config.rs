@@ -94,8 +94,9 @@ impl Serialize for ByteSize {
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let size: bytesize::ByteSize =
-            text.parse().map_err(|_| de::Error::custom(format!("`{text}` is not a size; write for example 64KiB, 16MiB or 10GB")))?;
+        let size: bytesize::ByteSize = text
+            .parse()
+            .map_err(|_| de::Error::custom(format!("`{text}` is not a size; write for example 64KiB, 16MiB or 10GB")))?;
         Ok(Self(size.0))
     }
 }

@@ -7,7 +7,10 @@ use std::time::Duration;
 use hdrhistogram::Histogram as Hdr;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType, Quantile, Summary};
-use prometheus::{Counter, CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Counter, CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
+    Registry, TextEncoder,
+};
 
 /// The quantiles of end-to-end latency that are shown.
 const QUANTILES: [f64; 4] = [0.5, 0.9, 0.99, 0.999];
@@ -53,25 +56,53 @@ impl Metrics {
         // An epoch is an fsync or more: from a fast disk's millisecond to a sink that is down for a minute.
         let epoch_buckets = prometheus::exponential_buckets(0.001, 2.0, 17)?;
         let families = Families {
-            rows: IntCounterVec::new(Opts::new("afferent_rows_total", "Rows that entered (in) or left (out) a stage."), DIRECTED)?,
-            bytes: IntCounterVec::new(Opts::new("afferent_bytes_total", "Bytes of Arrow data that entered (in) or left (out) a stage."), DIRECTED)?,
-            batches: IntCounterVec::new(Opts::new("afferent_batches_total", "Batches that entered (in) or left (out) a stage."), DIRECTED)?,
+            rows: IntCounterVec::new(
+                Opts::new("afferent_rows_total", "Rows that entered (in) or left (out) a stage."),
+                DIRECTED,
+            )?,
+            bytes: IntCounterVec::new(
+                Opts::new("afferent_bytes_total", "Bytes of Arrow data that entered (in) or left (out) a stage."),
+                DIRECTED,
+            )?,
+            batches: IntCounterVec::new(
+                Opts::new("afferent_batches_total", "Batches that entered (in) or left (out) a stage."),
+                DIRECTED,
+            )?,
             process: CounterVec::new(Opts::new("afferent_process_seconds_total", "Time spent in the stage's own code."), STAGE)?,
             queue_rows: GaugeVec::new(Opts::new("afferent_queue_rows", "Rows waiting in front of a stage."), STAGE)?,
             queue_bytes: GaugeVec::new(Opts::new("afferent_queue_bytes", "Bytes waiting in front of a stage."), STAGE)?,
-            queue_fill: GaugeVec::new(Opts::new("afferent_queue_fill_ratio", "Fill of the fullest queue in front of a stage, 0 to 1."), STAGE)?,
-            send_wait: CounterVec::new(Opts::new("afferent_send_wait_seconds_total", "Time a stage waited for room behind it: backpressure."), STAGE)?,
-            rejected: IntCounterVec::new(Opts::new("afferent_rejected_rows_total", "Rows that a stage could not process, by reason."), REASONED)?,
-            dropped: IntCounterVec::new(Opts::new("afferent_dropped_rows_total", "Rows that a stage dropped by a declared policy, by reason."), REASONED)?,
+            queue_fill: GaugeVec::new(
+                Opts::new("afferent_queue_fill_ratio", "Fill of the fullest queue in front of a stage, 0 to 1."),
+                STAGE,
+            )?,
+            send_wait: CounterVec::new(
+                Opts::new("afferent_send_wait_seconds_total", "Time a stage waited for room behind it: backpressure."),
+                STAGE,
+            )?,
+            rejected: IntCounterVec::new(
+                Opts::new("afferent_rejected_rows_total", "Rows that a stage could not process, by reason."),
+                REASONED,
+            )?,
+            dropped: IntCounterVec::new(
+                Opts::new("afferent_dropped_rows_total", "Rows that a stage dropped by a declared policy, by reason."),
+                REASONED,
+            )?,
             errors: IntCounterVec::new(Opts::new("afferent_errors_total", "Errors of a stage, by class."), CLASSED)?,
             retries: IntCounterVec::new(Opts::new("afferent_retries_total", "Calls of a stage that were repeated."), STAGE)?,
-            uncommitted_age: GaugeVec::new(Opts::new("afferent_uncommitted_age_seconds", "Age of the oldest row that is not yet durable."), PIPELINE)?,
+            uncommitted_age: GaugeVec::new(
+                Opts::new("afferent_uncommitted_age_seconds", "Age of the oldest row that is not yet durable."),
+                PIPELINE,
+            )?,
             epoch_duration: HistogramVec::new(
-                HistogramOpts::new("afferent_epoch_duration_seconds", "From an epoch's barrier to its commit.").buckets(epoch_buckets),
+                HistogramOpts::new("afferent_epoch_duration_seconds", "From an epoch's barrier to its commit.")
+                    .buckets(epoch_buckets),
                 PIPELINE,
             )?,
             epochs: IntCounterVec::new(Opts::new("afferent_epochs_total", "Epochs that were committed."), PIPELINE)?,
-            restarts: IntCounterVec::new(Opts::new("afferent_restarts_total", "Restarts of a pipeline from its last epoch."), PIPELINE)?,
+            restarts: IntCounterVec::new(
+                Opts::new("afferent_restarts_total", "Restarts of a pipeline from its last epoch."),
+                PIPELINE,
+            )?,
             latency: LatencyCollector::new()?,
         };
         let registry = Registry::new();

@@ -37,6 +37,12 @@ impl Outputs {
         self.rejected.extend(rejected);
     }
 
+    /// Forgets everything; the memory stays.
+    pub fn clear(&mut self) {
+        self.batches.clear();
+        self.rejected.clear();
+    }
+
     /// What has been emitted so far, as (port, batch).
     pub fn batches(&self) -> &[(usize, Batch)] {
         &self.batches

@@ -70,25 +70,33 @@ impl Registry {
     /// Makes a source known.
     pub fn source<C: SourceConfig>(&mut self) {
         let plan: PlanSource = |value, context| read::<C>(value)?.plan(context).map_err(PlanError::Problems);
-        self.sources.insert(C::NAME, Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None });
+        self.sources.insert(
+            C::NAME,
+            Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None },
+        );
     }
 
     /// Makes an operator known.
     pub fn operator<C: OperatorConfig>(&mut self) {
         let plan: PlanOperator = |value, inputs, context| read::<C>(value)?.plan(inputs, context).map_err(PlanError::Problems);
         let named_inputs: NamedInputs = |value| read::<C>(value).ok()?.inputs();
-        self.operators.insert(C::NAME, Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs });
+        self.operators
+            .insert(C::NAME, Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs });
     }
 
     /// Makes a sink known.
     pub fn sink<C: SinkConfig>(&mut self) {
         let plan: PlanSink = |value, inputs, context| read::<C>(value)?.plan(inputs, context).map_err(PlanError::Problems);
-        self.sinks.insert(C::NAME, Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None });
+        self.sinks.insert(
+            C::NAME,
+            Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None },
+        );
     }
 }
 
 fn read<C: serde::de::DeserializeOwned>(value: &Value) -> Result<C, PlanError> {
-    serde_path_to_error::deserialize(value).map_err(|e| PlanError::Shape { path: pointer(e.path()), message: e.inner().to_string() })
+    serde_path_to_error::deserialize(value)
+        .map_err(|e| PlanError::Shape { path: pointer(e.path()), message: e.inner().to_string() })
 }
 
 fn pointer(path: &serde_path_to_error::Path) -> String {

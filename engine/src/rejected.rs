@@ -134,7 +134,12 @@ mod tests {
         let batch = RecordBatch::try_from_iter([("n", Arc::new(Int32Array::from(vec![Some(1), None])) as ArrayRef)]).unwrap();
         let mut rejected = Rejected::rows(&batch, [1], "null", "n is null");
         assert_eq!(rejected[0].given, Given::Row("{\"n\":null}".into()));
-        rejected.push(Rejected { code: "malformed", reason: "not JSON".into(), position: "t@3".into(), given: Given::Bytes(vec![0xff, 0]) });
+        rejected.push(Rejected {
+            code: "malformed",
+            reason: "not JSON".into(),
+            position: "t@3".into(),
+            given: Given::Bytes(vec![0xff, 0]),
+        });
         let table = to_batch("p", "s", 7, &rejected).unwrap();
         assert_eq!(table.column(6).as_binary::<i32>().value(1), [0xff, 0]);
         assert!(table.column(6).is_null(0) && table.column(7).is_null(1));

@@ -11,3 +11,23 @@ pub const EARLY_ACK: &str = "early_ack";
 pub fn is(fault: &str) -> bool {
     cfg!(debug_assertions) && std::env::var_os("AFFERENT_SABOTAGE").is_some_and(|planted| planted == fault)
 }
+
+/// The faults planted in the engine's own loops, for one run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Planted {
+    /// Sources commit what they emit, at once.
+    pub early_ack: bool,
+    /// A barrier does not wait for the other inputs.
+    pub overtaking_barrier: bool,
+    /// State changes are not stored.
+    pub lost_delta: bool,
+    /// Overlapping calls leave as they finish.
+    pub reordering: bool,
+}
+
+impl Planted {
+    /// What the environment asks for; nothing in release builds.
+    pub fn from_env() -> Self {
+        Self { early_ack: is(EARLY_ACK), ..Self::default() }
+    }
+}

@@ -18,8 +18,9 @@ pub type Prepared = serde_json::Value;
 /// `finish` once the epoch is stored. Later rows may be written before an earlier epoch is finished.
 #[async_trait]
 pub trait Sink: Send {
-    /// Connects. `last` is what this sink prepared for the newest stored epoch: finish it (again, if a
-    /// crash came in between: must be idempotent) and undo whatever was written after it.
+    /// Connects. `last` is what this sink prepared for the newest stored epoch. That epoch and all before
+    /// it are stored: finish each that is not finished yet (a crash may have come in between, so it must be
+    /// idempotent) and undo whatever was written or prepared after it.
     ///
     /// # Errors
     /// `Retry` is repeated with backoff by the engine; `Fatal` ends this run of the pipeline.

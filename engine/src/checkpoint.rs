@@ -1,0 +1,368 @@
+//! The checkpoint store: one redb file a pipeline. One transaction holds all that an epoch is: positions,
+//! state changes, what the sinks prepared, and the rejected rows. State is kept by key, so that a delta
+//! costs what changed; the copy-on-write tree is the compaction.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::operator::{State, StateDelta};
+use crate::position::{Epoch, Position};
+use crate::sink::Prepared;
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const SOURCES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sources");
+const SINKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sinks");
+const STATE: TableDefinition<'_, (&str, &[u8]), &[u8]> = TableDefinition::new("state");
+const FINGERPRINTS: TableDefinition<'_, &str, u64> = TableDefinition::new("fingerprints");
+const REJECTED: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("rejected");
+
+/// Version of this layout; a store of another version is refused rather than guessed at.
+const LAYOUT: u64 = 1;
+/// Page cache of the store. State is read once at start; positions and deltas are small.
+const CACHE_BYTES: usize = 8 * 1024 * 1024;
+
+/// Where a source stood, and whether it had ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceMark {
+    /// Its position; `None` before it was ever opened.
+    pub position: Option<Position>,
+    /// A bounded source that has ended is remembered as ended.
+    pub ended: bool,
+}
+
+/// Everything of one epoch, collected from the stages.
+#[derive(Debug, Default)]
+pub(crate) struct Record {
+    pub(crate) sources: Vec<(String, SourceMark)>,
+    pub(crate) deltas: Vec<(String, StateDelta)>,
+    pub(crate) sinks: Vec<(String, Prepared)>,
+    /// Rejected rows as Arrow IPC streams in the dead-letter schema.
+    pub(crate) rejected: Vec<Vec<u8>>,
+}
+
+/// What the store holds of the newest epoch, but for the operators' state.
+#[derive(Debug, Default)]
+pub(crate) struct Restored {
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) sources: BTreeMap<String, SourceMark>,
+    pub(crate) sinks: BTreeMap<String, Prepared>,
+}
+
+/// The store.
+pub struct Checkpoints {
+    database: Database,
+}
+
+impl Checkpoints {
+    /// Opens or makes the store in a file; its folder is made, too, and synced.
+    ///
+    /// # Errors
+    /// Fatal when it cannot be opened, is damaged beyond redb's repair, or is of another layout.
+    pub fn open(path: &Path) -> Result<Self> {
+        if let Some(folder) = path.parent() {
+            durable::create_dir(folder).map_err(|e| Error::fatal(format!("making {}: {e}", folder.display())))?;
+        }
+        let fresh = !path.exists();
+        let builder = Self::builder();
+        let database =
+            builder.create(path).map_err(|e| Error::fatal(format!("opening the checkpoint store {}: {e}", path.display())))?;
+        if let (true, Some(folder)) = (fresh, path.parent()) {
+            durable::sync_dir(folder);
+        }
+        Self::prepare(database)
+    }
+
+    /// Opens or makes the store on any storage; for the simulation.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::open`].
+    pub fn with_backend(backend: impl StorageBackend) -> Result<Self> {
+        let builder = Self::builder();
+        Self::prepare(builder.create_with_backend(backend).map_err(Error::fatal)?)
+    }
+
+    fn builder() -> redb::Builder {
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE_BYTES);
+        builder
+    }
+
+    fn prepare(database: Database) -> Result<Self> {
+        let store = Self { database };
+        let layout = store.write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            let layout = meta.get("layout")?.map(|value| value.value());
+            if layout.is_none() {
+                meta.insert("layout", LAYOUT)?;
+            }
+            for table in [SOURCES, SINKS] {
+                transaction.open_table(table)?;
+            }
+            transaction.open_table(STATE)?;
+            transaction.open_table(FINGERPRINTS)?;
+            transaction.open_table(REJECTED)?;
+            Ok(layout)
+        })?;
+        match layout {
+            Some(other) if other != LAYOUT => Err(Error::fatal(format!(
+                "the checkpoint store has layout {other}, this version reads {LAYOUT}; run the version that wrote it, or start over with --fresh"
+            ))),
+            _ => Ok(store),
+        }
+    }
+
+    /// Runs one transaction. A failed commit ends the process when it was the disk that failed: what
+    /// is on it is then unknown, and redb refuses to go on as well.
+    fn write<T>(&self, work: impl FnOnce(&redb::WriteTransaction) -> std::result::Result<T, redb::Error>) -> Result<T> {
+        let transaction = self.database.begin_write().map_err(Error::fatal)?;
+        let value = work(&transaction).map_err(Error::fatal)?;
+        match transaction.commit() {
+            Ok(()) => Ok(value),
+            Err(redb::CommitError::Storage(redb::StorageError::Io(cause))) if cause.kind() != std::io::ErrorKind::StorageFull => {
+                durable::end(Path::new("checkpoint store"), &cause)
+            }
+            Err(cause) => Err(Error::fatal(format!("storing an epoch: {cause}"))),
+        }
+    }
+
+    fn read<T>(&self, work: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<T, redb::Error>) -> Result<T> {
+        let transaction = self.database.begin_read().map_err(Error::fatal)?;
+        work(&transaction).map_err(Error::fatal)
+    }
+
+    /// Counts a start of the pipeline; its epochs come after all of earlier starts.
+    ///
+    /// # Errors
+    /// Fatal when the store cannot be written.
+    pub(crate) fn start(&self) -> Result<u32> {
+        let run = self.write(|transaction| {
+            let mut meta = transaction.open_table(META)?;
+            let run = meta.get("run")?.map_or(0, |value| value.value()) + 1;
+            meta.insert("run", run)?;
+            Ok(run)
+        })?;
+        u32::try_from(run).map_err(Error::fatal)
+    }
+
+    /// What the newest epoch holds, but for the operators' state.
+    pub(crate) fn restored(&self) -> Result<Restored> {
+        self.read(|transaction| {
+            let mut restored = Restored {
+                epoch: transaction.open_table(META)?.get("epoch")?.map(|value| Epoch::from_u64(value.value())),
+                ..Restored::default()
+            };
+            for item in transaction.open_table(SOURCES)?.iter()? {
+                let (stage, mark) = item?;
+                restored.sources.insert(stage.value().to_owned(), from_json(mark.value())?);
+            }
+            for item in transaction.open_table(SINKS)?.iter()? {
+                let (stage, prepared) = item?;
+                restored.sinks.insert(stage.value().to_owned(), from_json(prepared.value())?);
+            }
+            Ok(restored)
+        })
+    }
+
+    /// One stage's state, keys in order.
+    pub(crate) fn state(&self, stage: &str) -> Result<State> {
+        self.read(|transaction| {
+            let table = transaction.open_table(STATE)?;
+            let mut state = State::new();
+            for item in table.range((stage, [].as_slice())..)? {
+                let (key, value) = item?;
+                let (owner, key) = key.value();
+                if owner != stage {
+                    break;
+                }
+                state.push((key.to_vec(), value.value().to_vec()));
+            }
+            Ok(state)
+        })
+    }
+
+    /// Stores an epoch. When this returns, it is on the disk.
+    pub(crate) fn store(&self, epoch: Epoch, record: &Record) -> Result<()> {
+        self.write(|transaction| {
+            transaction.open_table(META)?.insert("epoch", epoch.as_u64())?;
+            let mut sources = transaction.open_table(SOURCES)?;
+            for (stage, mark) in &record.sources {
+                sources.insert(stage.as_str(), to_json(mark)?.as_slice())?;
+            }
+            let mut sinks = transaction.open_table(SINKS)?;
+            for (stage, prepared) in &record.sinks {
+                sinks.insert(stage.as_str(), to_json(prepared)?.as_slice())?;
+            }
+            let mut state = transaction.open_table(STATE)?;
+            for (stage, delta) in &record.deltas {
+                for key in &delta.deletes {
+                    state.remove((stage.as_str(), key.as_slice()))?;
+                }
+                for (key, value) in &delta.puts {
+                    state.insert((stage.as_str(), key.as_slice()), value.as_slice())?;
+                }
+            }
+            if !record.rejected.is_empty() {
+                let mut meta = transaction.open_table(META)?;
+                // Numbers of rejects are never reused, so that moving them twice can be recognised.
+                let mut number = meta.get("rejected")?.map_or(0, |value| value.value());
+                let mut rejected = transaction.open_table(REJECTED)?;
+                for rows in &record.rejected {
+                    number += 1;
+                    rejected.insert(number, rows.as_slice())?;
+                }
+                meta.insert("rejected", number)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The oldest rejected rows that have not been moved to the dead-letter table yet: number and Arrow
+    /// IPC stream, up to about `bytes` bytes.
+    pub(crate) fn rejected(&self, bytes: usize) -> Result<Vec<(u64, Vec<u8>)>> {
+        self.read(|transaction| {
+            let mut taken = 0;
+            let mut rows = Vec::new();
+            for item in transaction.open_table(REJECTED)?.iter()? {
+                let (number, stream) = item?;
+                taken += stream.value().len();
+                rows.push((number.value(), stream.value().to_vec()));
+                if taken >= bytes {
+                    break;
+                }
+            }
+            Ok(rows)
+        })
+    }
+
+    /// The rejected rows up to this number are durable elsewhere.
+    pub(crate) fn forget_rejected(&self, through: u64) -> Result<()> {
+        self.write(|transaction| {
+            let mut rejected = transaction.open_table(REJECTED)?;
+            rejected.retain_in(..=through, |_, _| false)?;
+            Ok(())
+        })
+    }
+
+    /// The fingerprint each stage had when the pipeline last started.
+    pub(crate) fn fingerprints(&self) -> Result<BTreeMap<String, u64>> {
+        self.read(|transaction| {
+            let mut fingerprints = BTreeMap::new();
+            for item in transaction.open_table(FINGERPRINTS)?.iter()? {
+                let (stage, fingerprint) = item?;
+                fingerprints.insert(stage.value().to_owned(), fingerprint.value());
+            }
+            Ok(fingerprints)
+        })
+    }
+
+    /// The stages for which something is stored: a position, a prepared commit or state.
+    pub(crate) fn stages(&self) -> Result<Vec<String>> {
+        self.read(|transaction| {
+            let mut stages = Vec::new();
+            for table in [SOURCES, SINKS] {
+                for item in transaction.open_table(table)?.iter()? {
+                    stages.push(item?.0.value().to_owned());
+                }
+            }
+            for item in transaction.open_table(STATE)?.iter()? {
+                let stage = item?.0.value().0.to_owned();
+                if stages.last() != Some(&stage) {
+                    stages.push(stage);
+                }
+            }
+            stages.sort();
+            stages.dedup();
+            Ok(stages)
+        })
+    }
+
+    /// Forgets what is stored for `stages`, and takes down the fingerprints of the pipeline as it is now.
+    pub(crate) fn adopt(&self, forget: &[String], fingerprints: &[(String, u64)]) -> Result<()> {
+        self.write(|transaction| {
+            let mut sources = transaction.open_table(SOURCES)?;
+            let mut sinks = transaction.open_table(SINKS)?;
+            let mut state = transaction.open_table(STATE)?;
+            for stage in forget {
+                sources.remove(stage.as_str())?;
+                sinks.remove(stage.as_str())?;
+                state.retain(|(owner, _), _| owner != stage)?;
+            }
+            let mut stored = transaction.open_table(FINGERPRINTS)?;
+            stored.retain(|_, _| false)?;
+            for (stage, fingerprint) in fingerprints {
+                stored.insert(stage.as_str(), fingerprint)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn to_json(value: &impl Serialize) -> std::result::Result<Vec<u8>, redb::Error> {
+    serde_json::to_vec(value).map_err(|e| redb::Error::Corrupted(format!("cannot be written as JSON: {e}")))
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, redb::Error> {
+    serde_json::from_slice(bytes).map_err(|e| redb::Error::Corrupted(format!("stored JSON is not readable: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::disk::Disk;
+
+    fn delta(puts: &[(&str, &str)], deletes: &[&str]) -> StateDelta {
+        StateDelta {
+            puts: puts.iter().map(|(k, v)| (k.as_bytes().to_vec(), v.as_bytes().to_vec())).collect(),
+            deletes: deletes.iter().map(|k| k.as_bytes().to_vec()).collect(),
+        }
+    }
+
+    #[test]
+    fn an_epoch_is_there_after_a_power_cut_and_a_later_unstored_one_is_not() {
+        let disk = Disk::new();
+        let store = Checkpoints::with_backend(disk.backend()).unwrap();
+        let run = store.start().unwrap();
+        let epoch = Epoch::start(run).next();
+        let mark = SourceMark { position: Some(Position(serde_json::json!(7))), ended: false };
+        let record = Record {
+            sources: vec![("s".into(), mark.clone())],
+            deltas: vec![("w".into(), delta(&[("a", "1"), ("b", "2")], &[])), ("w2".into(), delta(&[("z", "9")], &[]))],
+            sinks: vec![("out".into(), serde_json::json!({"length": 3}))],
+            rejected: vec![vec![1, 2, 3]],
+        };
+        store.store(epoch, &record).unwrap();
+        store
+            .store(epoch.next(), &Record { deltas: vec![("w".into(), delta(&[("b", "3")], &["a"]))], ..Record::default() })
+            .unwrap();
+        drop(store);
+
+        let store = Checkpoints::with_backend(disk.after_power_cut().backend()).unwrap();
+        let restored = store.restored().unwrap();
+        assert_eq!(restored.epoch, Some(epoch.next()));
+        assert_eq!(restored.sources["s"], mark);
+        assert_eq!(store.state("w").unwrap(), vec![(b"b".to_vec(), b"3".to_vec())]);
+        assert_eq!(store.state("w2").unwrap().len(), 1);
+        assert_eq!(store.rejected(1 << 20).unwrap(), vec![(1, vec![1, 2, 3])]);
+        store.forget_rejected(1).unwrap();
+        assert!(store.rejected(1 << 20).unwrap().is_empty());
+        assert!(store.start().unwrap() > run, "starts are counted, so epochs are never reused");
+    }
+
+    #[test]
+    fn forgetting_a_stage_leaves_the_others() {
+        let store = Checkpoints::with_backend(Disk::new().backend()).unwrap();
+        let record = Record {
+            deltas: vec![("a".into(), delta(&[("k", "1")], &[])), ("b".into(), delta(&[("k", "2")], &[]))],
+            ..Record::default()
+        };
+        store.store(Epoch::start(1), &record).unwrap();
+        store.adopt(&["a".into()], &[("b".into(), 5)]).unwrap();
+        assert_eq!(store.stages().unwrap(), ["b"]);
+        assert_eq!(store.fingerprints().unwrap()["b"], 5);
+    }
+}
