@@ -16,6 +16,7 @@ pub fn sync(file: &File, path: &Path) {
     if sabotage::is(sabotage::NO_FSYNC) {
         return;
     }
+    #[expect(clippy::disallowed_methods, reason = "the one place where syncs happen")]
     if let Err(cause) = file.sync_data() {
         end(path, &cause);
     }

@@ -2,7 +2,6 @@
 //! earlier length. Used by [`Rows`](crate::rows::Rows). The invariant: between rows all columns are equally long,
 //! and cutting back to a row's start undoes all that a half-read row left behind, at every level of nesting.
 
-use std::fmt;
 use std::mem;
 use std::sync::Arc;
 
@@ -16,12 +15,10 @@ use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffe
 use arrow::compute::kernels::cast_utils::{Parser, string_to_datetime};
 use arrow::datatypes::{DataType, FieldRef, TimeUnit};
 use arrow::error::ArrowError;
-use serde::Deserializer;
-use serde::de::{
-    self, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
-};
+use serde::de::DeserializeSeed;
 
-use crate::payload::{Missing, Policy, Unknown};
+use crate::json_value::Slot;
+use crate::payload::Policy;
 use crate::schema::type_name;
 
 /// A column under construction.
@@ -32,7 +29,7 @@ pub(crate) struct Column {
     values: Values,
 }
 
-enum Values {
+pub(crate) enum Values {
     Boolean(Vec<bool>),
     Int8(Vec<i8>),
     Int16(Vec<i16>),
@@ -55,7 +52,7 @@ enum Values {
 }
 
 /// Values of varying length, with their ends after a leading 0.
-struct Bytes {
+pub(crate) struct Bytes {
     offsets: Vec<i32>,
     bytes: Vec<u8>,
 }
@@ -78,7 +75,7 @@ impl Bytes {
 
 /// Why a column does not take a value.
 #[derive(Debug, PartialEq)]
-enum Refusal {
+pub(crate) enum Refusal {
     /// It is of another type.
     Type,
     /// It is of the type and does not fit.
@@ -136,11 +133,21 @@ impl Column {
         self.valid.len()
     }
 
+    /// The nested columns, to be filled before [`Column::complete`].
+    pub(crate) fn values_mut(&mut self) -> &mut Values {
+        &mut self.values
+    }
+
+    /// Counts a nested value whose parts have been appended.
+    pub(crate) fn complete(&mut self) {
+        self.valid.append(true);
+    }
+
     pub(crate) fn is_required(&self) -> bool {
         !self.field.is_nullable()
     }
 
-    fn type_name(&self) -> String {
+    pub(crate) fn type_name(&self) -> String {
         type_name(self.field.data_type())
     }
 
@@ -191,7 +198,7 @@ impl Column {
         }
     }
 
-    fn push_bool(&mut self, value: bool) -> Result<(), Refusal> {
+    pub(crate) fn push_bool(&mut self, value: bool) -> Result<(), Refusal> {
         let Values::Boolean(values) = &mut self.values else {
             return Err(Refusal::Type);
         };
@@ -200,7 +207,7 @@ impl Column {
         Ok(())
     }
 
-    fn push_integer(&mut self, value: i128) -> Result<(), Refusal> {
+    pub(crate) fn push_integer(&mut self, value: i128) -> Result<(), Refusal> {
         fn push<T: TryFrom<i128>>(values: &mut Vec<T>, value: i128) -> Result<(), Refusal> {
             values.push(T::try_from(value).map_err(|_| Refusal::Range)?);
             Ok(())
@@ -221,7 +228,7 @@ impl Column {
         Ok(())
     }
 
-    fn push_float(&mut self, value: f64) -> Result<(), Refusal> {
+    pub(crate) fn push_float(&mut self, value: f64) -> Result<(), Refusal> {
         match &mut self.values {
             Values::Float32(values) => {
                 let narrow = value as f32;
@@ -246,7 +253,7 @@ impl Column {
         Ok(())
     }
 
-    fn push_str(&mut self, text: &str) -> Result<(), Refusal> {
+    pub(crate) fn push_str(&mut self, text: &str) -> Result<(), Refusal> {
         match &mut self.values {
             Values::Utf8(bytes) => bytes.push(text.as_bytes())?,
             Values::Binary(bytes) => {
@@ -288,7 +295,7 @@ impl Column {
             Values::List(..) | Values::FixedSizeList(..) | Values::Struct(_) => {
                 let mut json = serde_json::Deserializer::from_str(text);
                 let slot = Slot {
-                    column: self,
+                    column: &mut *self,
                     policy,
                 };
                 slot.deserialize(&mut json)
@@ -318,7 +325,7 @@ impl Column {
                 Arc::new(array.with_data_type(self.field.data_type().clone()))
             }};
         }
-        Ok(match &mut self.values {
+        let array: ArrayRef = match &mut self.values {
             Values::Boolean(values) => {
                 let values = BooleanBuffer::from(mem::take(values));
                 Arc::new(BooleanArray::new(values, nulls))
@@ -381,7 +388,8 @@ impl Column {
                     .collect::<Result<_, _>>()?;
                 Arc::new(StructArray::try_new(fields, arrays, nulls)?)
             }
-        })
+        };
+        Ok(array)
     }
 }
 
@@ -439,228 +447,12 @@ fn parse_timestamp(text: &str, unit: TimeUnit) -> Result<i64, Refusal> {
     time.ok_or_else(|| Refusal::Because(format!("'{text}' is not an ISO 8601 timestamp in range")))
 }
 
-/// Reads one JSON value into a column.
-struct Slot<'a> {
-    column: &'a mut Column,
-    policy: Policy,
+/// Whether text is a date such as 2024-02-29.
+pub(crate) fn is_date(text: &str) -> bool {
+    text.len() == 10 && parse_date(text).is_ok()
 }
 
-impl Slot<'_> {
-    fn check<E: de::Error>(
-        &self,
-        outcome: Result<(), Refusal>,
-        found: Unexpected<'_>,
-    ) -> Result<(), E> {
-        outcome.map_err(|refusal| match refusal {
-            Refusal::Type => E::invalid_type(found, self),
-            Refusal::Range => E::custom(format_args!(
-                "{found} is out of range for {}",
-                self.column.type_name()
-            )),
-            Refusal::Because(reason) => E::custom(reason),
-        })
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for Slot<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Slot<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.column.type_name())
-    }
-
-    fn visit_bool<E: de::Error>(self, value: bool) -> Result<(), E> {
-        let outcome = self.column.push_bool(value);
-        self.check(outcome, Unexpected::Bool(value))
-    }
-
-    fn visit_i64<E: de::Error>(self, value: i64) -> Result<(), E> {
-        let outcome = self.column.push_integer(i128::from(value));
-        self.check(outcome, Unexpected::Signed(value))
-    }
-
-    fn visit_u64<E: de::Error>(self, value: u64) -> Result<(), E> {
-        let outcome = self.column.push_integer(i128::from(value));
-        self.check(outcome, Unexpected::Unsigned(value))
-    }
-
-    fn visit_f64<E: de::Error>(self, value: f64) -> Result<(), E> {
-        let outcome = self.column.push_float(value);
-        self.check(outcome, Unexpected::Float(value))
-    }
-
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<(), E> {
-        let outcome = self.column.push_str(value);
-        self.check(outcome, Unexpected::Str(value))
-    }
-
-    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
-        if self.column.is_required() {
-            return Err(E::custom("null in a required field"));
-        }
-        self.column.push_null();
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        let Slot { column, policy } = self;
-        match &mut column.values {
-            Values::List(offsets, item) => {
-                while seq
-                    .next_element_seed(Slot {
-                        column: &mut *item,
-                        policy,
-                    })?
-                    .is_some()
-                {}
-                let end = i32::try_from(item.len());
-                offsets.push(end.map_err(|_| A::Error::custom("the batch holds 2^31 list items"))?);
-            }
-            Values::FixedSizeList(size, item) => {
-                let start = item.len();
-                while seq
-                    .next_element_seed(Slot {
-                        column: &mut *item,
-                        policy,
-                    })?
-                    .is_some()
-                {
-                    if item.len() - start > *size {
-                        return Err(A::Error::custom(format_args!("more than {size} items")));
-                    }
-                }
-                let found = item.len() - start;
-                if found != *size {
-                    return Err(A::Error::custom(format_args!(
-                        "{found} items instead of {size}"
-                    )));
-                }
-            }
-            _ => {
-                return Err(A::Error::invalid_type(
-                    Unexpected::Seq,
-                    &Slot { column, policy },
-                ));
-            }
-        }
-        column.valid.append(true);
-        Ok(())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
-        let Slot { column, policy } = self;
-        let row = column.len();
-        match &mut column.values {
-            Values::Struct(fields) => read_fields(fields, row, policy, map)?,
-            _ => {
-                return Err(A::Error::invalid_type(
-                    Unexpected::Map,
-                    &Slot { column, policy },
-                ));
-            }
-        }
-        column.valid.append(true);
-        Ok(())
-    }
-}
-
-/// Reads a JSON object into columns that are all `row` long; afterwards all are one longer, or it is an error.
-pub(crate) fn read_fields<'de, A: MapAccess<'de>>(
-    columns: &mut [Column],
-    row: usize,
-    policy: Policy,
-    mut map: A,
-) -> Result<(), A::Error> {
-    let mut likely = 0;
-    while let Some(found) = map.next_key_seed(Key {
-        columns: &*columns,
-        likely,
-        policy,
-    })? {
-        let Some(index) = found else {
-            map.next_value::<IgnoredAny>()?;
-            continue;
-        };
-        likely = index + 1;
-        let column = &mut columns[index];
-        if column.len() > row {
-            return Err(A::Error::custom(format_args!(
-                "field '{}' twice",
-                column.name()
-            )));
-        }
-        let slot = Slot {
-            column: &mut *column,
-            policy,
-        };
-        if let Err(error) = map.next_value_seed(slot) {
-            return Err(A::Error::custom(format_args!(
-                "field '{}': {error}",
-                column.name()
-            )));
-        }
-    }
-    fill_missing(columns, row, policy).map_err(A::Error::custom)
-}
-
-/// Appends nulls to the columns that got no value in this row, if that is allowed.
-pub(crate) fn fill_missing(
-    columns: &mut [Column],
-    row: usize,
-    policy: Policy,
-) -> Result<(), String> {
-    for column in columns.iter_mut().filter(|column| column.len() == row) {
-        if column.is_required() || policy.missing == Missing::Reject {
-            return Err(format!("missing field '{}'", column.name()));
-        }
-        column.push_null();
-    }
-    Ok(())
-}
-
-/// Finds the column of a key: the index, or nothing for a field that is not declared.
-struct Key<'a> {
-    columns: &'a [Column],
-    /// Keys mostly come in the declared order; looking there first makes wide records linear.
-    likely: usize,
-    policy: Policy,
-}
-
-impl<'de> DeserializeSeed<'de> for Key<'_> {
-    type Value = Option<usize>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Key<'_> {
-    type Value = Option<usize>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a field name")
-    }
-
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
-        if self
-            .columns
-            .get(self.likely)
-            .is_some_and(|column| column.name() == name)
-        {
-            return Ok(Some(self.likely));
-        }
-        let found = self.columns.iter().position(|column| column.name() == name);
-        if found.is_none() && self.policy.unknown == Unknown::Reject {
-            return Err(E::custom(format_args!("unknown field '{name}'")));
-        }
-        Ok(found)
-    }
+/// Whether text is a date and a time of day.
+pub(crate) fn is_timestamp(text: &str) -> bool {
+    text.len() > 10 && parse_timestamp(text, TimeUnit::Microsecond).is_ok()
 }

@@ -2,11 +2,12 @@
 //! of text files. The invariant: a payload adds whole rows to every column, or nothing.
 
 use arrow::array::{Array, BinaryArray, RecordBatch, RecordBatchOptions};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{FieldRef, SchemaRef};
 use serde::de::MapAccess;
 
-use crate::column::{Column, fill_missing, read_fields};
+use crate::column::Column;
 use crate::error::FormatError;
+use crate::json_value::{fill_missing, read_fields};
 use crate::payload::{Decoded, Limits, Policy, Rejected, Unknown, bounded};
 
 pub(crate) struct Rows {
@@ -23,7 +24,7 @@ impl Rows {
         policy: Policy,
         place: &'static str,
     ) -> Result<Self, FormatError> {
-        let column = |field| {
+        let column = |field: &FieldRef| {
             Column::new(field).map_err(|data_type| FormatError::UnsupportedType {
                 place,
                 column: field.name().clone(),

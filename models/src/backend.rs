@@ -349,6 +349,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::repository::Repository;
     use crate::signature::{Dim, TensorSpec};
     use crate::tensor::DataType;
 
@@ -471,5 +472,57 @@ mod tests {
             with("torch").unwrap_err().to_string(),
             "AFFERENT_MODEL_BACKEND is `torch`; it must be `onnxruntime` or `tract`"
         );
+    }
+
+    fn example(folder: &str, name: &str) -> (ModelFile, Arc<dyn Model>) {
+        let models = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../examples")
+            .join(folder)
+            .join("models");
+        let file = Repository::new(vec![models]).load(name, None).unwrap();
+        let model = Runtime::tract().load(&file).unwrap();
+        (file, model)
+    }
+
+    #[test]
+    fn tract_scores_the_shuttle_example_row_by_row_and_at_once_alike() {
+        let (_, model) = example("shuttle-anomaly", "shuttle");
+        assert_eq!(
+            model.signature().to_string(),
+            "(readings: FP32[?,9]) -> (score: FP32[?])"
+        );
+        let rows: Vec<Vec<f32>> = (0..3_u8)
+            .map(|row| {
+                (0..9_u8)
+                    .map(|column| f32::from(row * 20 + column))
+                    .collect()
+            })
+            .collect();
+        let scores = |rows: &[Vec<f32>]| {
+            let readings = Tensor::from_vec(vec![rows.len(), 9], rows.concat()).unwrap();
+            let outputs = model.run(&[("readings", readings)]).unwrap();
+            outputs[0].as_f32().unwrap().to_vec()
+        };
+        let at_once = scores(&rows);
+        assert_eq!(at_once.len(), 3);
+        assert!(at_once[0] != at_once[1], "{at_once:?}");
+        for (row, score) in rows.iter().zip(&at_once) {
+            let alone = scores(std::slice::from_ref(row));
+            assert!(
+                (alone[0] - score).abs() <= 1e-5 * score.abs(),
+                "{alone:?} {score}"
+            );
+        }
+    }
+
+    #[test]
+    fn tract_gives_a_probability_to_every_label_of_the_exercise_example() {
+        let (file, model) = example("exercise-watch", "exercise");
+        let windows = Tensor::from_vec(vec![2, 100, 6], vec![0.5_f32; 1200]).unwrap();
+        let outputs = model.run(&[("window", windows)]).unwrap();
+        assert_eq!(outputs[0].shape(), [2, file.labels["probabilities"].len()]);
+        for row in outputs[0].as_f32().unwrap().chunks(7) {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{row:?}");
+        }
     }
 }

@@ -14,6 +14,7 @@
 mod backend;
 mod config;
 mod discovery;
+mod onnx;
 mod onnxruntime;
 mod pbtxt;
 mod repository;

@@ -5,6 +5,7 @@
 //! Layout: `docs/user_guide/model_repository.md` of triton-inference-server/server.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -14,7 +15,7 @@ use crate::config::{ModelConfig, VersionPolicy};
 use crate::pbtxt::ConfigError;
 
 /// A version of a model, read into memory.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ModelFile {
     /// Name of the model.
     pub name: String,
@@ -28,6 +29,18 @@ pub struct ModelFile {
     pub labels: HashMap<String, Vec<String>>,
     /// The directory of the model.
     pub directory: PathBuf,
+}
+
+/// Without the bytes, which have no place in a log line.
+impl fmt::Debug for ModelFile {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("ModelFile")
+            .field("name", &self.name)
+            .field("version", &self.version)
+            .field("directory", &self.directory)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why a model could not be read from the repository.

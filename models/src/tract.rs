@@ -2,7 +2,6 @@
 //! the `Model` trait. Invariant: what a model file declares in between (inferred shapes, output shapes) is not
 //! believed, only its inputs are, because exporters write shapes there that contradict each other.
 
-use std::collections::HashSet;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,6 +15,7 @@ use tract_onnx::prelude::{
 use tract_onnx::tract_hir::infer::Factoid;
 
 use crate::backend::{InferenceError, Model, bind};
+use crate::onnx;
 use crate::signature::{Dim, Signature, TensorSpec};
 use crate::tensor::{DataType, Element, Tensor, TensorError};
 
@@ -53,9 +53,9 @@ impl TractModel {
         let Some(graph) = &model.graph else {
             return Err("this is no ONNX file: it holds no graph".into());
         };
-        check_outputs(graph)?;
+        onnx::check_outputs(graph)?;
         check_operators(&framework, graph)?;
-        let signature = signature(graph)?;
+        let signature = onnx::signature(graph)?;
         let graph = framework
             .model_for_proto_model(model)
             .map_err(|error| format!("{error:#}"))?;
@@ -180,46 +180,18 @@ fn plan_for(mut graph: InferenceModel, shapes: &[Vec<usize>]) -> TractResult<Pla
     TypedSimplePlan::new(graph.into_optimized()?)
 }
 
-/// Whether every call has the same shapes, so that a plan that fails once fails always.
+/// Whether every call has the same shapes, so that a plan that fails once fails always. An empty shape may be
+/// an undeclared rank.
 fn is_fixed(signature: &Signature) -> bool {
-    signature
-        .inputs
-        .iter()
-        .flat_map(|spec| &spec.shape)
-        .all(|dim| matches!(dim, Dim::Fixed(_)))
+    signature.inputs.iter().all(|spec| {
+        !spec.shape.is_empty() && spec.shape.iter().all(|dim| matches!(dim, Dim::Fixed(_)))
+    })
 }
 
 fn failed(error: impl Display) -> InferenceError {
     InferenceError::Backend {
         backend: NAME,
         message: format!("{error:#}"),
-    }
-}
-
-/// Every output comes from somewhere; tract takes that for granted.
-fn check_outputs(graph: &pb::GraphProto) -> Result<(), String> {
-    let made: HashSet<&str> = graph
-        .node
-        .iter()
-        .flat_map(|node| node.output.iter().map(String::as_str))
-        .chain(graph.input.iter().map(|input| input.name.as_str()))
-        .chain(
-            graph
-                .initializer
-                .iter()
-                .map(|constant| constant.name.as_str()),
-        )
-        .collect();
-    match graph
-        .output
-        .iter()
-        .find(|output| !made.contains(output.name.as_str()))
-    {
-        Some(output) => Err(format!(
-            "nothing in the graph makes its output `{}`",
-            output.name
-        )),
-        None => Ok(()),
     }
 }
 
@@ -238,83 +210,6 @@ fn check_operators(framework: &Onnx, graph: &pb::GraphProto) -> Result<(), Strin
         "tract does not know the operators {}; install ONNX Runtime (`pip install onnxruntime`), which does",
         unknown.join(", ")
     ))
-}
-
-/// Graph inputs that are no constants, and graph outputs.
-fn signature(graph: &pb::GraphProto) -> Result<Signature, String> {
-    let constants: HashSet<&str> = graph
-        .initializer
-        .iter()
-        .map(|constant| constant.name.as_str())
-        .collect();
-    Ok(Signature {
-        inputs: graph
-            .input
-            .iter()
-            .filter(|input| !constants.contains(input.name.as_str()))
-            .map(|input| spec(input, "input"))
-            .collect::<Result<_, _>>()?,
-        outputs: graph
-            .output
-            .iter()
-            .map(|output| spec(output, "output"))
-            .collect::<Result<_, _>>()?,
-    })
-}
-
-fn spec(value: &pb::ValueInfoProto, side: &str) -> Result<TensorSpec, String> {
-    use pb::tensor_shape_proto::dimension::Value::DimValue;
-
-    let name = &value.name;
-    let Some(pb::type_proto::Value::TensorType(tensor)) = value
-        .r#type
-        .as_ref()
-        .and_then(|declared| declared.value.as_ref())
-    else {
-        return Err(format!(
-            "the {side} `{name}` is not a tensor (for scikit-learn, export with zipmap off)"
-        ));
-    };
-    let element = pb::tensor_proto::DataType::try_from(tensor.elem_type).ok();
-    let data_type = element.and_then(data_type).ok_or_else(|| {
-        let element = element.map_or("unknown", |element| element.as_str_name());
-        format!("the {side} `{name}` has the element type {element}, which is not supported")
-    })?;
-    let shape = tensor.shape.as_ref().map_or_else(Vec::new, |shape| {
-        shape
-            .dim
-            .iter()
-            .map(|dim| match &dim.value {
-                Some(DimValue(extent)) => usize::try_from(*extent).map_or(Dim::Any, Dim::Fixed),
-                _ => Dim::Any,
-            })
-            .collect()
-    });
-    Ok(TensorSpec {
-        name: name.clone(),
-        data_type,
-        shape,
-    })
-}
-
-fn data_type(element: pb::tensor_proto::DataType) -> Option<DataType> {
-    use pb::tensor_proto::DataType as Onnx;
-
-    match element {
-        Onnx::Float => Some(DataType::Fp32),
-        Onnx::Double => Some(DataType::Fp64),
-        Onnx::Int8 => Some(DataType::Int8),
-        Onnx::Int16 => Some(DataType::Int16),
-        Onnx::Int32 => Some(DataType::Int32),
-        Onnx::Int64 => Some(DataType::Int64),
-        Onnx::Uint8 => Some(DataType::Uint8),
-        Onnx::Uint16 => Some(DataType::Uint16),
-        Onnx::Uint32 => Some(DataType::Uint32),
-        Onnx::Uint64 => Some(DataType::Uint64),
-        Onnx::Bool => Some(DataType::Bool),
-        Onnx::String => Some(DataType::Bytes),
-        _ => None,
-    }
 }
 
 /// The inputs as tract takes them: copied, since its memory is its own.
