@@ -1,0 +1,41 @@
+//! Pipeline files on the command line: read, checked, and their findings shown.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use afferent_engine::registry::Registry;
+use afferent_pipelines::{Diagnostic, Plan, render};
+use anyhow::Context;
+
+use super::Places;
+use crate::catalog;
+
+/// What came of one file.
+pub struct Checked {
+    /// The file as it was named.
+    pub path: PathBuf,
+    /// Its text.
+    pub text: String,
+    /// The plan, when there is no error.
+    pub plan: Option<Plan>,
+    /// All findings, in the order of their places.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+impl Checked {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read; what is wrong inside it is in the findings.
+    pub fn read(path: &Path, registry: &Registry, places: &Places) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let context = catalog::plan_context(path, &places.data_dir, places.models.as_deref());
+        let (plan, diagnostics) = afferent_pipelines::check(&text, &path.display().to_string(), registry, &context);
+        Ok(Self { path: path.to_owned(), text, plan, diagnostics })
+    }
+
+    /// The findings as text, in colour where a person looks.
+    pub fn report(&self) -> String {
+        render(&self.diagnostics, &self.text, std::io::stderr().is_terminal())
+    }
+}

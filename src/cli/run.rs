@@ -1,0 +1,241 @@
+//! `afferent run`: runs pipelines until their input ends or a signal drains them.
+
+use std::fs::File;
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use afferent_connectors::table::DeadLetterTable;
+use afferent_engine::checkpoint::Checkpoints;
+use afferent_engine::config::Interval;
+use afferent_engine::durable;
+use afferent_engine::metrics::Metrics;
+use afferent_engine::sabotage::Planted;
+use afferent_engine::supervisor::{DeadLetters, Options, Restore, RunError};
+use afferent_engine::{Ending, Runtimes};
+use afferent_pipelines::Plan;
+use anyhow::{Context, bail};
+use clap::Args;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::files::Checked;
+use super::{FAILED, Places, print};
+use crate::live::Live;
+use crate::logging::{self, LogFormat};
+use crate::{broker, catalog, metrics_listener};
+
+/// Run pipelines until their input ends or Ctrl-C drains them.
+#[derive(Args)]
+#[command(after_help = "Ctrl-C or SIGTERM drains: nothing more is taken in, what has come in is processed and
+committed, and positions are kept for the next start. A second Ctrl-C stops at once.
+
+Exit code: 0 ended or drained, 1 failed, 2 wrong usage.
+
+Examples:
+  afferent run pipeline.yaml
+  afferent run --with-broker --metrics-listen 127.0.0.1:9100 devices.yaml watch.yaml
+  afferent run --fresh pipeline.yaml")]
+pub struct Run {
+    /// Pipeline files; each runs on its own, all in this process
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    #[command(flatten)]
+    places: Places,
+    /// Forget positions and state, and start over; rows already in tables stay
+    #[arg(long)]
+    fresh: bool,
+    /// Go on although stages have changed, without their stored state
+    #[arg(long, conflicts_with = "fresh")]
+    allow_non_restored_state: bool,
+    /// Start the embedded MQTT broker, too (in memory only; for trials)
+    #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:1883")]
+    with_broker: Option<SocketAddr>,
+    /// Serve Prometheus metrics at http://ADDRESS/metrics
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_listen: Option<SocketAddr>,
+    /// Drain after this long, such as 60s
+    #[arg(long = "for", value_name = "TIME", value_parser = interval)]
+    run_for: Option<Duration>,
+    /// How long draining may take
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = interval)]
+    drain_limit: Duration,
+    /// Log lines instead of the live view on a terminal
+    #[arg(long)]
+    no_live: bool,
+    /// How log lines look
+    #[arg(long, default_value = "text")]
+    log_format: LogFormat,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    serde_json::from_value::<Interval>(serde_json::Value::String(text.to_owned())).map(|interval| interval.0).map_err(|e| e.to_string())
+}
+
+impl Run {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let live = Live::new(!self.no_live && self.log_format == LogFormat::Text && std::io::stderr().is_terminal());
+        logging::start(self.log_format, live.writer());
+        let Some(plans) = self.plans()? else { return Ok(ExitCode::from(FAILED)) };
+        let _lock = lock(&self.places.data_dir)?;
+        let (io, compute) = runtimes()?;
+        let runtimes = Runtimes { io: io.handle().clone(), compute: compute.handle().clone() };
+        let code = io.block_on(self.all(plans, runtimes, live));
+        // Tasks that hang in a client library must not keep an ended process alive.
+        io.shutdown_timeout(Duration::from_secs(1));
+        compute.shutdown_timeout(Duration::from_secs(1));
+        code
+    }
+
+    /// Checks all files; `None` after printing what is wrong.
+    fn plans(&self) -> anyhow::Result<Option<Vec<Plan>>> {
+        let registry = catalog::registry();
+        let mut plans: Vec<Plan> = Vec::new();
+        let mut sound = true;
+        for file in &self.files {
+            let checked = Checked::read(file, &registry, &self.places)?;
+            eprint!("{}", checked.report());
+            match checked.plan {
+                Some(plan) if plans.iter().any(|other| other.name == plan.name) => {
+                    bail!("two of these files are named `{}`; a name stands for one set of checkpoints", plan.name)
+                }
+                Some(plan) => plans.push(plan),
+                None => sound = false,
+            }
+        }
+        Ok(sound.then_some(plans))
+    }
+
+    async fn all(&self, plans: Vec<Plan>, runtimes: Runtimes, mut live: Live) -> anyhow::Result<ExitCode> {
+        let metrics = Metrics::new()?;
+        if let Some(address) = self.with_broker {
+            let bound = broker::start(address).await?;
+            tracing::info!("the embedded broker serves mqtt://{bound}, in memory only");
+        }
+        if let Some(address) = self.metrics_listen {
+            let bound = metrics_listener::start(address, metrics.clone()).await?;
+            tracing::info!("metrics at http://{bound}/metrics");
+        }
+        let drain = CancellationToken::new();
+        self.watch_signals(drain.clone())?;
+        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::open(&self.places.data_dir).await?));
+        let mut running = JoinSet::new();
+        for plan in plans {
+            for path in &plan.guarantees {
+                tracing::info!(pipeline = %plan.name, "{} -> {}: {}", path.source, path.sink, path.guarantee.word());
+            }
+            live.add(&plan, &metrics);
+            let options = Options {
+                store: Arc::new(Checkpoints::open(&self.checkpoints(&plan.name))?),
+                data_dir: self.places.data_dir.clone(),
+                metrics: metrics.clone(),
+                runtimes: runtimes.clone(),
+                drain: drain.clone(),
+                drain_limit: self.drain_limit,
+                dead_letters: Some(Arc::clone(&dead_letters)),
+                restore: self.restore(),
+                seed: u64::from(std::process::id()),
+                planted: Planted::from_env(),
+                virtual_time: false,
+            };
+            running.spawn(async move {
+                let ended = afferent_engine::supervisor::run(&plan.graph, &options).await;
+                (plan.name, ended)
+            });
+        }
+        let showing = tokio::spawn(live.show());
+        let mut code = ExitCode::SUCCESS;
+        let mut endings = Vec::new();
+        while let Some(joined) = running.join_next().await {
+            let (name, ended) = joined.context("a pipeline ended abruptly")?;
+            endings.push(self.tell(&name, ended, &mut code));
+        }
+        showing.abort();
+        // The live view leaves its last picture; what it came to goes below.
+        let _ = showing.await;
+        for ending in endings {
+            eprintln!("{ending}");
+        }
+        Ok(code)
+    }
+
+    fn tell(&self, name: &str, ended: Result<Ending, RunError>, code: &mut ExitCode) -> String {
+        match ended {
+            Ok(Ending::Ended) => format!("{name}: ended, all input read and committed"),
+            Ok(Ending::Drained) => format!("{name}: drained, everything taken in is committed; run again to go on"),
+            Err(RunError::AlreadyRead) => format!("{name}: input already read; --fresh starts over"),
+            Err(error) => {
+                *code = ExitCode::from(FAILED);
+                match error {
+                    RunError::Changed(_) => format!(
+                        "error: {name}: {error}\n  --allow-non-restored-state goes on without the state of those stages\n  --fresh starts over"
+                    ),
+                    RunError::DrainLimit(_) => format!("error: {name}: {error}; what was not committed will be processed at the next start"),
+                    _ => format!("error: {name}: {error}"),
+                }
+            }
+        }
+    }
+
+    fn restore(&self) -> Restore {
+        match (self.fresh, self.allow_non_restored_state) {
+            (true, _) => Restore::Fresh,
+            (_, true) => Restore::AllowNonRestored,
+            _ => Restore::Strict,
+        }
+    }
+
+    fn checkpoints(&self, pipeline: &str) -> PathBuf {
+        self.places.data_dir.join("pipelines").join(pipeline).join("checkpoint.redb")
+    }
+
+    /// First signal (or the end of `--for`): drain. Second signal: stop at once.
+    fn watch_signals(&self, drain: CancellationToken) -> anyhow::Result<()> {
+        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let run_for = self.run_for;
+        tokio::spawn(async move {
+            let mut signalled = false;
+            tokio::select! {
+                _ = interrupt.recv() => signalled = true,
+                _ = terminate.recv() => signalled = true,
+                () = async { match run_for { Some(time) => tokio::time::sleep(time).await, None => std::future::pending().await } } => {}
+            }
+            if signalled {
+                tracing::info!("draining; once more to stop at once");
+            }
+            drain.cancel();
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            let _ = print("");
+            eprintln!("stopped at once; what was not committed will be processed at the next start");
+            std::process::exit(i32::from(FAILED));
+        });
+        Ok(())
+    }
+}
+
+/// One thread serves sockets and waits, the others compute.
+fn runtimes() -> anyhow::Result<(Runtime, Runtime)> {
+    let io = Builder::new_multi_thread().worker_threads(1).thread_name("io").enable_all().build()?;
+    let compute = Builder::new_multi_thread().thread_name("compute").enable_all().build()?;
+    Ok((io, compute))
+}
+
+/// The data directory belongs to one process; the lock goes with it.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    durable::create_dir(data_dir).with_context(|| format!("making the data directory {}", data_dir.display()))?;
+    let path = data_dir.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| format!("opening {}", path.display()))?;
+    if file.try_lock().is_err() {
+        bail!("the data directory {} is in use by another process; stop it, or choose another with --data-dir", data_dir.display());
+    }
+    Ok(file)
+}

@@ -1,0 +1,13 @@
+//! Tests of the whole house, in one binary because linking is slow. They drive the built command, real
+//! brokers, real models and clients that we did not write; a missing tool is a failure, never a skip.
+
+mod architecture;
+mod brokers;
+mod command;
+mod crash;
+mod examples;
+mod generated;
+mod golden;
+mod lint;
+mod malformed;
+mod tools;
