@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use afferent_engine::component::PlanContext;
 use afferent_engine::registry::Registry;
-use afferent_models::Repository;
+use afferent_models::{LazyRuntime, Repository};
 use afferent_operators::ModelServer;
 
 /// Every source, operator and sink.
@@ -18,22 +18,38 @@ pub fn registry() -> Registry {
 
 /// Where models are looked for: the folder asked for, else `models` beside the pipeline, then in the
 /// working directory.
-pub fn model_roots(pipeline: &Path, asked: Option<&Path>) -> Vec<PathBuf> {
+fn model_roots(pipeline: &Path, asked: Option<&Path>) -> Vec<PathBuf> {
     match asked {
         Some(folder) => vec![folder.to_owned()],
         None => vec![folder_of(pipeline).join("models"), PathBuf::from("models")],
     }
 }
 
-/// What planning this pipeline file may look at.
-pub fn plan_context(pipeline: &Path, data_dir: &Path, models: Option<&Path>) -> PlanContext {
-    let mut context = PlanContext { base: folder_of(pipeline), data_dir: data_dir.to_owned(), ..PlanContext::default() };
-    context.provide(Arc::new(ModelServer::discovering(Repository::new(model_roots(pipeline, models)), data_dir)));
-    context
+/// What all pipelines of a process share, and where their files are.
+pub struct Shared {
+    data_dir: PathBuf,
+    models: Option<PathBuf>,
+    runtime: Arc<LazyRuntime>,
+}
+
+impl Shared {
+    /// For pipelines with their data below `data_dir`; `models` is the repository asked for, if any.
+    pub fn new(data_dir: &Path, models: Option<&Path>) -> Self {
+        let runtime = LazyRuntime::discovering(data_dir);
+        Self { data_dir: data_dir.to_owned(), models: models.map(Path::to_owned), runtime }
+    }
+
+    /// What planning this pipeline file may look at.
+    pub fn plan_context(&self, pipeline: &Path) -> PlanContext {
+        let mut context = PlanContext::at(folder_of(pipeline), &self.data_dir);
+        let repository = Repository::new(model_roots(pipeline, self.models.as_deref()));
+        context.provide(Arc::new(ModelServer::new(repository, Arc::clone(&self.runtime))));
+        context
+    }
 }
 
 /// The folder of a file, `.` for a bare name.
-pub fn folder_of(file: &Path) -> PathBuf {
+fn folder_of(file: &Path) -> PathBuf {
     match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),

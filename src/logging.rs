@@ -17,8 +17,9 @@ pub enum LogFormat {
 
 /// Starts logging into `writer`. Called once, before anything logs.
 pub fn start(format: LogFormat, writer: BoxMakeWriter) {
-    let filter = EnvFilter::try_from_env("AFFERENT_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=warn,ort=warn"));
+    let filter = EnvFilter::try_from_env("AFFERENT_LOG").unwrap_or_else(|_| {
+        EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=warn,ort=warn")
+    });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     match format {
         LogFormat::Text => builder.with_target(false).init(),

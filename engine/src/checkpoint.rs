@@ -56,6 +56,7 @@ pub(crate) struct Restored {
 /// The store.
 pub struct Checkpoints {
     database: Database,
+    identity: u64,
 }
 
 impl Checkpoints {
@@ -93,27 +94,37 @@ impl Checkpoints {
     }
 
     fn prepare(database: Database) -> Result<Self> {
-        let store = Self { database };
-        let layout = store.write(|transaction| {
+        let mut store = Self { database, identity: 0 };
+        let (layout, identity) = store.write(|transaction| {
             let mut meta = transaction.open_table(META)?;
             let layout = meta.get("layout")?.map(|value| value.value());
             if layout.is_none() {
                 meta.insert("layout", LAYOUT)?;
             }
+            let stored = meta.get("identity")?.map(|value| value.value());
+            let identity = stored.unwrap_or_else(|| fastrand::u64(..));
+            meta.insert("identity", identity)?;
             for table in [SOURCES, SINKS] {
                 transaction.open_table(table)?;
             }
             transaction.open_table(STATE)?;
             transaction.open_table(FINGERPRINTS)?;
             transaction.open_table(REJECTED)?;
-            Ok(layout)
+            Ok((layout, identity))
         })?;
+        store.identity = identity;
         match layout {
             Some(other) if other != LAYOUT => Err(Error::fatal(format!(
                 "the checkpoint store has layout {other}, this version reads {LAYOUT}; run the version that wrote it, or start over with --fresh"
             ))),
             _ => Ok(store),
         }
+    }
+
+    /// Tells this store from another that was made for the same pipeline (after this one was deleted, say),
+    /// whose numbers start again.
+    pub(crate) fn identity(&self) -> u64 {
+        self.identity
     }
 
     /// Runs one transaction. A failed commit ends the process when it was the disk that failed: what

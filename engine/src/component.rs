@@ -69,18 +69,28 @@ pub struct PlanContext {
     pub base: PathBuf,
     /// The data directory.
     pub data_dir: PathBuf,
-    services: HashMap<TypeId, Arc<dyn Any + Send + Sync>>,
+    /// What components of one kind share.
+    pub services: Services,
 }
 
+/// Shared things by their type, at most one of each.
+#[derive(Clone, Default)]
+pub struct Services(HashMap<TypeId, Arc<dyn Any + Send + Sync>>);
+
 impl PlanContext {
+    /// For pipelines whose relative paths start at `base`, with their data below `data_dir`.
+    pub fn at(base: impl Into<PathBuf>, data_dir: impl Into<PathBuf>) -> Self {
+        Self { base: base.into(), data_dir: data_dir.into(), ..Self::default() }
+    }
+
     /// Adds something that components of one kind share (the model repository, say).
     pub fn provide<T: Send + Sync + 'static>(&mut self, service: Arc<T>) {
-        self.services.insert(TypeId::of::<T>(), service);
+        self.services.0.insert(TypeId::of::<T>(), service);
     }
 
     /// The shared thing of that type, when the process has one.
     pub fn service<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
-        Arc::downcast(Arc::clone(self.services.get(&TypeId::of::<T>())?)).ok()
+        Arc::downcast(Arc::clone(self.services.0.get(&TypeId::of::<T>())?)).ok()
     }
 
     /// A path of the configuration, as seen from the pipeline file's folder.

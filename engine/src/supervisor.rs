@@ -38,17 +38,17 @@ const MOVE_EVERY: Duration = Duration::from_secs(1);
 /// crash doubles nothing.
 #[async_trait]
 pub trait DeadLetters: Send {
-    /// The newest number that was appended for this pipeline; 0 when none was.
+    /// The newest number that was appended for this origin (a pipeline's checkpoint store); 0 when none was.
     ///
     /// # Errors
     /// `Retry`: the rows stay in the checkpoint store and are offered again.
-    async fn newest(&mut self, pipeline: &str) -> Result<u64>;
+    async fn newest(&mut self, origin: &str) -> Result<u64>;
 
     /// Appends rows in the schema of [`rejected::schema`], durable on return; `number` grows.
     ///
     /// # Errors
     /// `Retry`: the rows stay in the checkpoint store and are offered again.
-    async fn append(&mut self, pipeline: &str, number: u64, rows: RecordBatch) -> Result<()>;
+    async fn append(&mut self, origin: &str, number: u64, rows: RecordBatch) -> Result<()>;
 }
 
 /// What to do about state that the pipeline, as it is now, cannot take over.
@@ -120,10 +120,7 @@ pub enum RunError {
 /// See [`RunError`]. Nothing that was not durable has been acknowledged in any case.
 pub async fn run(graph: &Graph, options: &Options) -> std::result::Result<Ending, RunError> {
     adopt(graph, options)?;
-    let restored = options.store.restored()?;
-    let sources = graph.nodes.iter().filter(|node| node.inputs.is_empty());
-    let mut marks = sources.map(|node| restored.sources.get(&node.name)).peekable();
-    let already_read = marks.peek().is_some() && marks.all(|mark| mark.is_some_and(|mark| mark.ended));
+    let already_read = already_read(graph, options)?;
     let limit = async {
         options.drain.cancelled().await;
         sleep(options.drain_limit).await;
@@ -167,6 +164,13 @@ async fn supervise(graph: &Graph, options: &Options) -> std::result::Result<Endi
             () = options.drain.cancelled() => return Err(RunError::Failed { error, restarts }),
         }
     }
+}
+
+/// Whether the newest epoch remembers every source as ended.
+fn already_read(graph: &Graph, options: &Options) -> Result<bool> {
+    let restored = options.store.restored()?;
+    let sources: Vec<&str> = graph.nodes.iter().filter(|node| node.inputs.is_empty()).map(|node| node.name.as_str()).collect();
+    Ok(!sources.is_empty() && sources.iter().all(|source| restored.sources.get(*source).is_some_and(|mark| mark.ended)))
 }
 
 /// Compares what is stored with the pipeline as it is now, and forgets what may be forgotten.
@@ -292,7 +296,8 @@ async fn move_dead_letters(graph: &Graph, options: &Options) -> Result<()> {
         let Some((last, _)) = waiting.last() else { return Ok(()) };
         let last = *last;
         let mut table = table.lock().await;
-        let newest = table.newest(&graph.name).await?;
+        let origin = format!("{}/{:x}", graph.name, options.store.identity());
+        let newest = table.newest(&origin).await?;
         waiting.retain(|(number, _)| *number > newest);
         let mut rows = Vec::new();
         for (_, stream) in &waiting {
@@ -303,7 +308,7 @@ async fn move_dead_letters(graph: &Graph, options: &Options) -> Result<()> {
         }
         let rows = concat_batches(&rejected::schema(), &rows).map_err(Error::fatal)?;
         if rows.num_rows() > 0 {
-            table.append(&graph.name, last, rows).await?;
+            table.append(&origin, last, rows).await?;
         }
         options.store.forget_rejected(last)?;
     }

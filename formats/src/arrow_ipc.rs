@@ -28,11 +28,7 @@ pub struct ArrowDecoder {
 impl ArrowDecoder {
     /// A decoder for `schema`, of any types.
     pub fn new(schema: SchemaRef, policy: Policy, limits: Limits) -> Self {
-        Self {
-            schema,
-            policy,
-            limits,
-        }
+        Self { schema, policy, limits }
     }
 
     /// The declared schema, which every batch has.
@@ -55,17 +51,10 @@ impl ArrowDecoder {
                         batches.push(batch);
                     }
                 }
-                Err(reason) => rejected.push(Rejected {
-                    payload,
-                    reason: bounded(reason),
-                }),
+                Err(reason) => rejected.push(Rejected { payload, reason: bounded(reason) }),
             }
         }
-        Ok(Decoded {
-            batch: concat_batches(&self.schema, &batches)?,
-            origin,
-            rejected,
-        })
+        Ok(Decoded { batch: concat_batches(&self.schema, &batches)?, origin, rejected })
     }
 
     fn read(&self, payload: &[u8]) -> Result<Vec<RecordBatch>, String> {
@@ -82,10 +71,7 @@ impl ArrowDecoder {
         let most_rows = buffer.len().saturating_mul(8);
         let mut decoder = StreamDecoder::new();
         let (mut batches, mut rows) = (Vec::new(), 0_usize);
-        while let Some(batch) = decoder
-            .decode(&mut buffer)
-            .map_err(|error| error.to_string())?
-        {
+        while let Some(batch) = decoder.decode(&mut buffer).map_err(|error| error.to_string())? {
             rows = rows.saturating_add(batch.num_rows());
             if rows > most_rows {
                 return Err(format!("{rows} rows in fewer bytes than they can take"));
@@ -115,21 +101,15 @@ fn check_framing(stream: &[u8]) -> Result<(), String> {
         }
         if size == 0 {
             let nothing_follows = rest.is_empty();
-            return nothing_follows
-                .then_some(())
-                .ok_or_else(|| "bytes after the end of the arrow ipc stream".to_owned());
+            return nothing_follows.then_some(()).ok_or_else(|| "bytes after the end of the arrow ipc stream".to_owned());
         }
         let size = usize::try_from(size).map_err(|error| error.to_string())?;
         let (metadata, after) = rest.split_at_checked(size).ok_or_else(truncated)?;
-        let message =
-            root_as_message(metadata).map_err(|error| format!("not arrow ipc: {error}"))?;
-        let body = usize::try_from(message.bodyLength())
-            .map_err(|_| "a message body of negative length".to_owned())?;
+        let message = root_as_message(metadata).map_err(|error| format!("not arrow ipc: {error}"))?;
+        let body = usize::try_from(message.bodyLength()).map_err(|_| "a message body of negative length".to_owned())?;
         (_, rest) = after.split_at_checked(body).ok_or_else(truncated)?;
         let dictionary = message.header_as_dictionary_batch();
-        let batch = message
-            .header_as_record_batch()
-            .or_else(|| dictionary.and_then(|dictionary| dictionary.data()));
+        let batch = message.header_as_record_batch().or_else(|| dictionary.and_then(|dictionary| dictionary.data()));
         if batch.is_some_and(|batch| batch.compression().is_some()) {
             return Err("compressed arrow ipc; send it uncompressed".to_owned());
         }
@@ -180,16 +160,8 @@ mod tests {
     fn batch(from: i64) -> RecordBatch {
         let text = |n: i64| format!("row {n}");
         RecordBatch::try_from_iter_with_nullable([
-            (
-                "n",
-                Arc::new(Int64Array::from_iter_values(from..from + 3)) as ArrayRef,
-                true,
-            ),
-            (
-                "s",
-                Arc::new(StringArray::from_iter_values((from..from + 3).map(text))) as ArrayRef,
-                true,
-            ),
+            ("n", Arc::new(Int64Array::from_iter_values(from..from + 3)) as ArrayRef, true),
+            ("s", Arc::new(StringArray::from_iter_values((from..from + 3).map(text))) as ArrayRef, true),
         ])
         .unwrap()
     }
@@ -208,14 +180,8 @@ mod tests {
 
     #[test]
     fn streams_of_several_batches_keep_their_origin() {
-        let payloads = [
-            stream(&[batch(0), batch(3)]),
-            b"junk".to_vec(),
-            stream(&[batch(6)]),
-        ];
-        let decoded = decoder()
-            .decode(&BinaryArray::from_iter_values(&payloads))
-            .unwrap();
+        let payloads = [stream(&[batch(0), batch(3)]), b"junk".to_vec(), stream(&[batch(6)])];
+        let decoded = decoder().decode(&BinaryArray::from_iter_values(&payloads)).unwrap();
         assert_eq!(decoded.origin, [0, 0, 0, 0, 0, 0, 2, 2, 2]);
         let n = decoded.batch.column(0).as_primitive::<Int64Type>();
         assert_eq!(n.values(), &[0, 1, 2, 3, 4, 5, 6, 7, 8]);
@@ -240,9 +206,7 @@ mod tests {
         payloads.push([good.clone(), b"more".to_vec()].concat());
         let last = payloads.len() as u32;
         payloads.push(good.clone());
-        let decoded = decoder()
-            .decode(&BinaryArray::from_iter_values(&payloads))
-            .unwrap();
+        let decoded = decoder().decode(&BinaryArray::from_iter_values(&payloads)).unwrap();
         let cut = |payload: u32| decoded.rejected.iter().any(|r| r.payload == payload);
         assert!(cut(0) && cut(3) && cut(9) && cut(last - 1));
         assert!(!cut(last));
@@ -254,18 +218,14 @@ mod tests {
     #[test]
     fn claims_of_size_are_not_believed() {
         let huge = [0xff, 0xff, 0xff, 0xff, 0xf0, 0xff, 0xff, 0x7f, 1, 2, 3, 4];
-        let decoded = decoder()
-            .decode(&BinaryArray::from_iter_values([&huge[..]]))
-            .unwrap();
+        let decoded = decoder().decode(&BinaryArray::from_iter_values([&huge[..]])).unwrap();
         assert_eq!(decoded.rejected[0].reason, "truncated arrow ipc stream");
     }
 
     #[test]
     fn other_columns_are_rejected_with_their_name() {
         let other = RecordBatch::try_from_iter([("s", batch(0).column(0).clone())]).unwrap();
-        let decoded = decoder()
-            .decode(&BinaryArray::from_iter_values([stream(&[other])]))
-            .unwrap();
+        let decoded = decoder().decode(&BinaryArray::from_iter_values([stream(&[other])])).unwrap();
         let reason = &decoded.rejected[0].reason;
         assert_eq!(reason, "column 's' is int64, declared as utf8");
     }

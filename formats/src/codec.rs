@@ -40,20 +40,10 @@ impl Decoder {
     ///
     /// # Errors
     /// [`FormatError::UnsupportedType`] if the format cannot carry a type of the schema.
-    pub fn new(
-        format: Format,
-        schema: SchemaRef,
-        policy: Policy,
-        limits: Limits,
-    ) -> Result<Self, FormatError> {
+    pub fn new(format: Format, schema: SchemaRef, policy: Policy, limits: Limits) -> Result<Self, FormatError> {
         Ok(match format {
             Format::Json => Self::Json(JsonDecoder::new(schema, policy, limits)?),
-            Format::Csv => Self::Csv(CsvDecoder::new(
-                schema,
-                CsvOptions::default(),
-                policy,
-                limits,
-            )?),
+            Format::Csv => Self::Csv(CsvDecoder::new(schema, CsvOptions::default(), policy, limits)?),
             Format::Arrow => Self::Arrow(ArrowDecoder::new(schema, policy, limits)),
         })
     }
@@ -101,10 +91,7 @@ impl Encoder {
         match format {
             Format::Json => Self::json(schema, false),
             Format::Csv => Self::csv(schema, CsvOptions::default()),
-            Format::Arrow => Ok(Self {
-                form: Form::Arrow(ArrowEncoder::new(schema.clone())),
-                schema,
-            }),
+            Format::Arrow => Ok(Self { form: Form::Arrow(ArrowEncoder::new(schema.clone())), schema }),
         }
     }
 
@@ -113,10 +100,7 @@ impl Encoder {
     /// # Errors
     /// As for [`Encoder::new`].
     pub fn json(schema: SchemaRef, explicit_nulls: bool) -> Result<Self, FormatError> {
-        Ok(Self {
-            form: Form::Json(JsonEncoder::new(&schema, explicit_nulls)?),
-            schema,
-        })
+        Ok(Self { form: Form::Json(JsonEncoder::new(&schema, explicit_nulls)?), schema })
     }
 
     /// A CSV encoder with the given layout.
@@ -124,10 +108,7 @@ impl Encoder {
     /// # Errors
     /// As for [`Encoder::new`], and [`FormatError::Csv`] for a delimiter that is none.
     pub fn csv(schema: SchemaRef, options: CsvOptions) -> Result<Self, FormatError> {
-        Ok(Self {
-            form: Form::Csv(CsvEncoder::new(&schema, options)?),
-            schema,
-        })
+        Ok(Self { form: Form::Csv(CsvEncoder::new(&schema, options)?), schema })
     }
 
     /// Encodes a batch: JSON and CSV give one payload a row, Arrow one for all rows.
@@ -162,9 +143,7 @@ mod tests {
     fn every_format_brings_a_batch_back_and_says_which_rows_went_where() {
         let numbers = Arc::new(Int32Array::from(vec![Some(1), None, Some(3)])) as ArrayRef;
         let flags = Arc::new(Int32Array::from(vec![4, 5, 6])) as ArrayRef;
-        let batch =
-            RecordBatch::try_from_iter_with_nullable([("a", numbers, true), ("b", flags, true)])
-                .unwrap();
+        let batch = RecordBatch::try_from_iter_with_nullable([("a", numbers, true), ("b", flags, true)]).unwrap();
         for name in ["json", "csv", "arrow"] {
             let format: Format = serde_json::from_str(&format!("\"{name}\"")).unwrap();
             let encoder = Encoder::new(format, batch.schema()).unwrap();
@@ -172,8 +151,7 @@ mod tests {
             let rows: Vec<usize> = encoded.rows.iter().cloned().flatten().collect();
             assert_eq!(rows, [0, 1, 2], "{name}");
             assert_eq!(encoded.rows.len(), encoded.payloads.len());
-            let mut decoder =
-                Decoder::new(format, batch.schema(), Policy::default(), Limits::default()).unwrap();
+            let mut decoder = Decoder::new(format, batch.schema(), Policy::default(), Limits::default()).unwrap();
             let decoded = decoder.decode(&encoded.payloads).unwrap();
             assert_eq!(decoded.batch, batch, "{name}");
             assert_eq!(decoder.schema(), &batch.schema());

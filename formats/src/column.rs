@@ -8,8 +8,8 @@ use std::sync::Arc;
 use arrow::array::timezone::Tz;
 use arrow::array::types::*;
 use arrow::array::{
-    ArrayRef, BinaryArray, BooleanArray, BooleanBufferBuilder, FixedSizeListArray, ListArray,
-    PrimitiveArray, StringArray, StructArray,
+    ArrayRef, BinaryArray, BooleanArray, BooleanBufferBuilder, FixedSizeListArray, ListArray, PrimitiveArray, StringArray,
+    StructArray,
 };
 use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffer};
 use arrow::compute::kernels::cast_utils::{Parser, string_to_datetime};
@@ -59,9 +59,8 @@ pub(crate) struct Bytes {
 
 impl Bytes {
     fn push(&mut self, value: &[u8]) -> Result<(), Refusal> {
-        let end = i32::try_from(self.bytes.len() + value.len()).map_err(|_| {
-            Refusal::Because("the batch holds more than 2 GiB of text in one column".into())
-        })?;
+        let end = i32::try_from(self.bytes.len() + value.len())
+            .map_err(|_| Refusal::Because("the batch holds more than 2 GiB of text in one column".into()))?;
         self.bytes.extend_from_slice(value);
         self.offsets.push(end);
         Ok(())
@@ -87,10 +86,7 @@ pub(crate) enum Refusal {
 impl Column {
     /// An empty column, or the data type (of this field or one within) that cannot be built value by value.
     pub(crate) fn new(field: &FieldRef) -> Result<Self, DataType> {
-        let bytes = || Bytes {
-            offsets: vec![0],
-            bytes: Vec::new(),
-        };
+        let bytes = || Bytes { offsets: vec![0], bytes: Vec::new() };
         let values = match field.data_type() {
             DataType::Boolean => Values::Boolean(Vec::new()),
             DataType::Int8 => Values::Int8(Vec::new()),
@@ -118,11 +114,7 @@ impl Column {
             }
             other => return Err(other.clone()),
         };
-        Ok(Self {
-            field: field.clone(),
-            valid: BooleanBufferBuilder::new(0),
-            values,
-        })
+        Ok(Self { field: field.clone(), valid: BooleanBufferBuilder::new(0), values })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -257,9 +249,8 @@ impl Column {
         match &mut self.values {
             Values::Utf8(bytes) => bytes.push(text.as_bytes())?,
             Values::Binary(bytes) => {
-                let decoded = from_hex(text).ok_or_else(|| {
-                    Refusal::Because("expected pairs of hexadecimal digits".to_owned())
-                })?;
+                let decoded =
+                    from_hex(text).ok_or_else(|| Refusal::Because("expected pairs of hexadecimal digits".to_owned()))?;
                 bytes.push(&decoded)?;
             }
             Values::Date(values) => values.push(parse_date(text)?),
@@ -286,21 +277,14 @@ impl Column {
             },
             Values::Float32(_) | Values::Float64(_) => match text.parse::<f64>() {
                 // `inf` may be written out; digits that lead there overflowed.
-                Ok(value) if value.is_infinite() && text.bytes().any(|b| b.is_ascii_digit()) => {
-                    Err(Refusal::Range)
-                }
+                Ok(value) if value.is_infinite() && text.bytes().any(|b| b.is_ascii_digit()) => Err(Refusal::Range),
                 Ok(value) => self.push_float(value),
                 Err(_) => Err(Refusal::Type),
             },
             Values::List(..) | Values::FixedSizeList(..) | Values::Struct(_) => {
                 let mut json = serde_json::Deserializer::from_str(text);
-                let slot = Slot {
-                    column: &mut *self,
-                    policy,
-                };
-                slot.deserialize(&mut json)
-                    .and_then(|()| json.end())
-                    .map_err(|error| Refusal::Because(error.to_string()))
+                let slot = Slot { column: &mut *self, policy };
+                slot.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| Refusal::Because(error.to_string()))
             }
             _ => match text.parse::<i128>() {
                 Ok(value) => self.push_integer(value),
@@ -349,19 +333,11 @@ impl Column {
             },
             Values::Utf8(bytes) => {
                 let (offsets, bytes) = (fresh_offsets(&mut bytes.offsets), fresh(&mut bytes.bytes));
-                Arc::new(StringArray::try_new(
-                    offsets,
-                    Buffer::from_vec(bytes),
-                    nulls,
-                )?)
+                Arc::new(StringArray::try_new(offsets, Buffer::from_vec(bytes), nulls)?)
             }
             Values::Binary(bytes) => {
                 let (offsets, bytes) = (fresh_offsets(&mut bytes.offsets), fresh(&mut bytes.bytes));
-                Arc::new(BinaryArray::try_new(
-                    offsets,
-                    Buffer::from_vec(bytes),
-                    nulls,
-                )?)
+                Arc::new(BinaryArray::try_new(offsets, Buffer::from_vec(bytes), nulls)?)
             }
             Values::List(offsets, item) => {
                 let field = item.field.clone();
@@ -370,22 +346,13 @@ impl Column {
             }
             Values::FixedSizeList(size, item) => {
                 let field = item.field.clone();
-                let size = i32::try_from(*size).map_err(|_| {
-                    ArrowError::InvalidArgumentError(format!("a list of {size} items"))
-                })?;
-                Arc::new(FixedSizeListArray::try_new(
-                    field,
-                    size,
-                    item.finish()?,
-                    nulls,
-                )?)
+                let size =
+                    i32::try_from(*size).map_err(|_| ArrowError::InvalidArgumentError(format!("a list of {size} items")))?;
+                Arc::new(FixedSizeListArray::try_new(field, size, item.finish()?, nulls)?)
             }
             Values::Struct(columns) => {
                 let fields = columns.iter().map(|column| column.field.clone()).collect();
-                let arrays = columns
-                    .iter_mut()
-                    .map(Column::finish)
-                    .collect::<Result<_, _>>()?;
+                let arrays = columns.iter_mut().map(Column::finish).collect::<Result<_, _>>()?;
                 Arc::new(StructArray::try_new(fields, arrays, nulls)?)
             }
         };
@@ -419,10 +386,7 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
         return None;
     }
     let digit = |byte: u8| char::from(byte).to_digit(16);
-    digits
-        .chunks_exact(2)
-        .map(|pair| u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok())
-        .collect()
+    digits.chunks_exact(2).map(|pair| u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok()).collect()
 }
 
 fn parse_date(text: &str) -> Result<i32, Refusal> {

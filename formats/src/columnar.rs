@@ -51,14 +51,10 @@ impl ColumnsReader {
         if let Some(declared) = &declared {
             let wanted = found.fields().iter().enumerate();
             let wanted = wanted.filter(|(_, field)| declared.fields().find(field.name()).is_some());
-            let mask =
-                ProjectionMask::roots(builder.parquet_schema(), wanted.map(|(index, _)| index));
+            let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.map(|(index, _)| index));
             builder = builder.with_projection(mask);
         }
-        let reader = builder
-            .with_batch_size(batch_rows)
-            .with_offset(usize::try_from(skipped).unwrap_or(usize::MAX))
-            .build()?;
+        let reader = builder.with_batch_size(batch_rows).with_offset(usize::try_from(skipped).unwrap_or(usize::MAX)).build()?;
         let mut reader = Self::new(path, Box::new(reader), &found, declared, policy, batch_rows)?;
         reader.next_row = skipped;
         Ok(reader)
@@ -76,17 +72,12 @@ impl ColumnsReader {
         // Both bear the same name in practice; the file form starts with this.
         const FILE_MAGIC: &[u8] = b"ARROW1";
         let mut magic = Vec::new();
-        let begin = input
-            .by_ref()
-            .take(FILE_MAGIC.len() as u64)
-            .read_to_end(&mut magic);
-        begin
-            .and_then(|_| input.rewind())
-            .map_err(|source| FormatError::File {
-                action: "read",
-                path: path.to_owned(),
-                source,
-            })?;
+        let begin = input.by_ref().take(FILE_MAGIC.len() as u64).read_to_end(&mut magic);
+        begin.and_then(|_| input.rewind()).map_err(|source| FormatError::File {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        })?;
         let (batches, found): (Batches, SchemaRef) = if magic == FILE_MAGIC {
             let reader = FileReader::try_new(input, None)?;
             let found = reader.schema();
@@ -110,10 +101,7 @@ impl ColumnsReader {
         batch_rows: usize,
     ) -> Result<Self, FormatError> {
         let schema = declared.unwrap_or_else(|| found.clone());
-        check(found, &schema, policy).map_err(|reason| FormatError::SchemaMismatch {
-            path: path.to_owned(),
-            reason,
-        })?;
+        check(found, &schema, policy).map_err(|reason| FormatError::SchemaMismatch { path: path.to_owned(), reason })?;
         Ok(Self {
             path: path.to_owned(),
             batches,
@@ -141,12 +129,8 @@ impl ColumnsReader {
                 Some(batch) => batch,
                 None => match self.batches.next() {
                     None => return Ok(None),
-                    Some(batch) => fit(&batch?, &self.schema, self.policy).map_err(|reason| {
-                        FormatError::SchemaMismatch {
-                            path: self.path.clone(),
-                            reason,
-                        }
-                    })?,
+                    Some(batch) => fit(&batch?, &self.schema, self.policy)
+                        .map_err(|reason| FormatError::SchemaMismatch { path: self.path.clone(), reason })?,
                 },
             };
             let rows = batch.num_rows();
@@ -173,9 +157,5 @@ impl ColumnsReader {
 }
 
 fn open(path: &Path) -> Result<File, FormatError> {
-    File::open(path).map_err(|source| FormatError::File {
-        action: "open",
-        path: path.to_owned(),
-        source,
-    })
+    File::open(path).map_err(|source| FormatError::File { action: "open", path: path.to_owned(), source })
 }

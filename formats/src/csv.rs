@@ -31,10 +31,7 @@ pub struct CsvOptions {
 
 impl Default for CsvOptions {
     fn default() -> Self {
-        Self {
-            header: false,
-            delimiter: ',',
-        }
+        Self { header: false, delimiter: ',' }
     }
 }
 
@@ -61,11 +58,7 @@ pub(crate) struct RecordReader {
 
 impl RecordReader {
     pub(crate) fn new(options: CsvOptions) -> Result<Self, FormatError> {
-        Ok(Self {
-            delimiter: options.delimiter()?,
-            record: Record::default(),
-            places: None,
-        })
+        Ok(Self { delimiter: options.delimiter()?, record: Record::default(), places: None })
     }
 
     /// Splits the first record off `input`, without using it.
@@ -79,11 +72,7 @@ impl RecordReader {
         for (number, name) in self.record.cells().enumerate() {
             // Spreadsheets begin a file with a byte order mark.
             let name = name.unwrap_or_default();
-            let name = if number == 0 {
-                name.trim_start_matches('\u{feff}')
-            } else {
-                name
-            };
+            let name = if number == 0 { name.trim_start_matches('\u{feff}') } else { name };
             let place = rows.position(name.trim());
             if place.is_some() && places.contains(&place) {
                 return Err(format!("the header names column '{name}' twice"));
@@ -135,12 +124,7 @@ impl CsvDecoder {
     /// # Errors
     /// [`FormatError::UnsupportedType`] for a type that cannot be declared, [`FormatError::Csv`] for a delimiter
     /// that is none.
-    pub fn new(
-        schema: SchemaRef,
-        options: CsvOptions,
-        policy: Policy,
-        limits: Limits,
-    ) -> Result<Self, FormatError> {
+    pub fn new(schema: SchemaRef, options: CsvOptions, policy: Policy, limits: Limits) -> Result<Self, FormatError> {
         Ok(Self {
             rows: Rows::new(schema, policy, "csv")?,
             reader: RecordReader::new(options)?,
@@ -160,16 +144,10 @@ impl CsvDecoder {
     /// # Errors
     /// Only if Arrow refuses the finished batch.
     pub fn decode(&mut self, payloads: &BinaryArray) -> Result<Decoded, FormatError> {
-        let Self {
-            rows,
-            reader,
-            header,
-            policy,
-            limits,
-        } = self;
+        let Self { rows, reader, header, policy, limits } = self;
         rows.decode(payloads, *limits, |rows, payload| {
-            let mut rest = std::str::from_utf8(payload)
-                .map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
+            let mut rest =
+                std::str::from_utf8(payload).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
             if rest.trim().is_empty() {
                 return Err("empty payload".to_owned());
             }
@@ -216,11 +194,8 @@ impl CsvEncoder {
             }
             header.push(b'\n');
         }
-        let encoder = Self {
-            header,
-            delimiter,
-            json: EncoderOptions::default().with_timestamp_format(NAIVE_TIMESTAMP.to_owned()),
-        };
+        let encoder =
+            Self { header, delimiter, json: EncoderOptions::default().with_timestamp_format(NAIVE_TIMESTAMP.to_owned()) };
         encoder.encode(&RecordBatch::new_empty(schema.clone()))?;
         Ok(encoder)
     }
@@ -237,25 +212,14 @@ impl CsvEncoder {
     pub fn encode(&self, batch: &RecordBatch) -> Result<BinaryArray, FormatError> {
         let (bytes, ends) = self.encode_rows(batch, &self.header, b"")?;
         let offsets = OffsetBuffer::new(ScalarBuffer::from(ends));
-        Ok(BinaryArray::try_new(
-            offsets,
-            Buffer::from_vec(bytes),
-            None,
-        )?)
+        Ok(BinaryArray::try_new(offsets, Buffer::from_vec(bytes), None)?)
     }
 
     /// All rows in one run of bytes, each between `begin` and `end`; and where each ends, after a leading 0.
-    pub(crate) fn encode_rows(
-        &self,
-        batch: &RecordBatch,
-        begin: &[u8],
-        end: &[u8],
-    ) -> Result<(Vec<u8>, Vec<i32>), FormatError> {
+    pub(crate) fn encode_rows(&self, batch: &RecordBatch, begin: &[u8], end: &[u8]) -> Result<(Vec<u8>, Vec<i32>), FormatError> {
         let rows = batch.num_rows();
         let schema = batch.schema();
-        let format = FormatOptions::new()
-            .with_display_error(true)
-            .with_timestamp_format(Some(NAIVE_TIMESTAMP));
+        let format = FormatOptions::new().with_display_error(true).with_timestamp_format(Some(NAIVE_TIMESTAMP));
         let mut columns = Vec::with_capacity(batch.num_columns());
         for (field, array) in schema.fields().iter().zip(batch.columns()) {
             columns.push(match field.data_type() {
@@ -263,9 +227,7 @@ impl CsvEncoder {
                 | DataType::LargeList(_)
                 | DataType::FixedSizeList(..)
                 | DataType::Struct(_)
-                | DataType::Map(..) => {
-                    Cells::Json(array, make_encoder(field, array.as_ref(), &self.json)?)
-                }
+                | DataType::Map(..) => Cells::Json(array, make_encoder(field, array.as_ref(), &self.json)?),
                 _ => Cells::Text(array, ArrayFormatter::try_new(array.as_ref(), &format)?),
             });
         }
@@ -302,12 +264,7 @@ enum Cells<'a> {
 
 impl Cells<'_> {
     /// The text of a cell, written over one of the buffers; `None` for null.
-    fn cell<'b>(
-        &mut self,
-        row: usize,
-        text: &'b mut String,
-        json: &'b mut Vec<u8>,
-    ) -> Option<Cow<'b, str>> {
+    fn cell<'b>(&mut self, row: usize, text: &'b mut String, json: &'b mut Vec<u8>) -> Option<Cow<'b, str>> {
         match self {
             Cells::Text(array, _) | Cells::Json(array, _) if array.is_null(row) => None,
             Cells::Text(_, formatter) => {
@@ -350,66 +307,35 @@ mod tests {
     use crate::schema::Declaration;
 
     fn schema(text: &str) -> SchemaRef {
-        serde_json::from_str::<Declaration>(text)
-            .unwrap()
-            .to_arrow()
+        serde_json::from_str::<Declaration>(text).unwrap().to_arrow()
     }
 
     fn decode(text: &str, options: CsvOptions, policy: Policy, payloads: &[&str]) -> Decoded {
-        let mut decoder =
-            CsvDecoder::new(schema(text), options, policy, Limits::default()).unwrap();
-        decoder
-            .decode(&BinaryArray::from_iter_values(payloads))
-            .unwrap()
+        let mut decoder = CsvDecoder::new(schema(text), options, policy, Limits::default()).unwrap();
+        decoder.decode(&BinaryArray::from_iter_values(payloads)).unwrap()
     }
 
     fn reasons(decoded: &Decoded) -> Vec<&str> {
         decoded.rejected.iter().map(|r| r.reason.as_str()).collect()
     }
 
-    const WITH_HEADER: CsvOptions = CsvOptions {
-        header: true,
-        delimiter: ',',
-    };
+    const WITH_HEADER: CsvOptions = CsvOptions { header: true, delimiter: ',' };
 
     #[test]
     fn bad_payloads_leave_their_neighbours_alone() {
-        let bad = [
-            "",
-            "\n",
-            "1,x",
-            "1,1e39",
-            "1,\"2",
-            "1,\"2\"3",
-            "300000000000,1",
-            "1.5,1",
-            "a\0,1",
-        ];
+        let bad = ["", "\n", "1,x", "1,1e39", "1,\"2", "1,\"2\"3", "300000000000,1", "1.5,1", "a\0,1"];
         let good: Vec<String> = (0..1_000).map(|n| format!("{n},{n}.5,row")).collect();
         let mut payloads: Vec<&str> = good.iter().map(String::as_str).collect();
         for (index, text) in bad.iter().enumerate() {
             payloads[3 + index * 101] = text;
         }
         let declared = r#"{"n":"int32","f":"float32","s":"utf8"}"#;
-        let decoded = decode(
-            declared,
-            CsvOptions::default(),
-            Policy::default(),
-            &payloads,
-        );
-        let rejected: Vec<usize> = decoded
-            .rejected
-            .iter()
-            .map(|r| r.payload as usize)
-            .collect();
+        let decoded = decode(declared, CsvOptions::default(), Policy::default(), &payloads);
+        let rejected: Vec<usize> = decoded.rejected.iter().map(|r| r.payload as usize).collect();
         let expected: Vec<usize> = (0..bad.len()).map(|index| 3 + index * 101).collect();
         assert_eq!(rejected, expected, "{:?}", reasons(&decoded));
         for (row, origin) in decoded.origin.iter().enumerate() {
-            let n = decoded
-                .batch
-                .column(0)
-                .as_primitive::<Int32Type>()
-                .value(row);
+            let n = decoded.batch.column(0).as_primitive::<Int32Type>().value(row);
             assert_eq!(n as u32, *origin);
         }
         let reasons = reasons(&decoded);
@@ -417,10 +343,7 @@ mod tests {
         assert_eq!(reasons[2], "field 'f': expected float32, found 'x'");
         assert_eq!(reasons[3], "field 'f': 1e39 is out of range for float32");
         assert_eq!(reasons[4], "a quoted cell without an end");
-        assert_eq!(
-            reasons[6],
-            "field 'n': 300000000000 is out of range for int32"
-        );
+        assert_eq!(reasons[6], "field 'n': 300000000000 is out of range for int32");
         assert_eq!(reasons[8], "a NUL byte");
     }
 
@@ -428,16 +351,8 @@ mod tests {
     fn many_records_are_taken_or_rejected_together() {
         let declared = r#"{"n":"int32","s":"utf8"}"#;
         let payloads = ["1,a\n2,b\r\n\n3,c\n", "4,a\nx,b\n5,c"];
-        let decoded = decode(
-            declared,
-            CsvOptions::default(),
-            Policy::default(),
-            &payloads,
-        );
-        assert_eq!(
-            decoded.batch.column(0).as_primitive::<Int32Type>().values(),
-            &[1, 2, 3]
-        );
+        let decoded = decode(declared, CsvOptions::default(), Policy::default(), &payloads);
+        assert_eq!(decoded.batch.column(0).as_primitive::<Int32Type>().values(), &[1, 2, 3]);
         assert_eq!(decoded.origin, [0, 0, 0]);
         assert_eq!(decoded.rejected[0].payload, 1);
     }
@@ -448,24 +363,14 @@ mod tests {
         let payloads = ["\u{feff}s,extra,n\nx,1,2\n", "s\ny", "n,n\n1,2", "n,s"];
         let decoded = decode(declared, WITH_HEADER, Policy::default(), &payloads);
         assert_eq!(decoded.origin, [0, 1]);
-        assert_eq!(
-            decoded.batch.column(0).as_primitive::<Int32Type>().value(0),
-            2
-        );
+        assert_eq!(decoded.batch.column(0).as_primitive::<Int32Type>().value(0), 2);
         assert_eq!(decoded.batch.column(1).as_string::<i32>().value(1), "y");
         assert_eq!(reasons(&decoded), ["the header names column 'n' twice"]);
 
-        let strict = Policy {
-            missing: Missing::Reject,
-            unknown: Unknown::Reject,
-            ..Policy::default()
-        };
+        let strict = Policy { missing: Missing::Reject, unknown: Unknown::Reject, ..Policy::default() };
         let decoded = decode(declared, WITH_HEADER, strict, &payloads[..2]);
         let reasons = reasons(&decoded);
-        assert!(
-            reasons[0].contains("'extra', which is not declared"),
-            "{reasons:?}"
-        );
+        assert!(reasons[0].contains("'extra', which is not declared"), "{reasons:?}");
         assert!(reasons[1].contains("lacks column 'n'"), "{reasons:?}");
     }
 
@@ -473,29 +378,12 @@ mod tests {
     fn short_and_long_records_follow_the_policy() {
         let declared = r#"{"n":"int32","s":"utf8"}"#;
         let payloads = ["1", "1,a,b"];
-        let lenient = decode(
-            declared,
-            CsvOptions::default(),
-            Policy::default(),
-            &payloads,
-        );
+        let lenient = decode(declared, CsvOptions::default(), Policy::default(), &payloads);
         assert_eq!(lenient.origin, [0, 1]);
-        let strict = Policy {
-            missing: Missing::Reject,
-            unknown: Unknown::Reject,
-            ..Policy::default()
-        };
+        let strict = Policy { missing: Missing::Reject, unknown: Unknown::Reject, ..Policy::default() };
         let held = decode(declared, CsvOptions::default(), strict, &payloads);
-        assert_eq!(
-            reasons(&held),
-            ["missing field 's'", "cell 3 belongs to no declared column"]
-        );
-        let required = decode(
-            r#"{"n":"int32!"}"#,
-            CsvOptions::default(),
-            Policy::default(),
-            &["\"\""],
-        );
+        assert_eq!(reasons(&held), ["missing field 's'", "cell 3 belongs to no declared column"]);
+        let required = decode(r#"{"n":"int32!"}"#, CsvOptions::default(), Policy::default(), &["\"\""]);
         assert_eq!(reasons(&required), ["field 'n': expected int32, found ''"]);
     }
 
@@ -509,28 +397,12 @@ mod tests {
             ",,,NaN,-inf,\"\",,,,,",
         ];
         for options in [CsvOptions::default(), WITH_HEADER] {
-            let decoded = decode(
-                declared,
-                CsvOptions::default(),
-                Policy::default(),
-                &payloads,
-            );
+            let decoded = decode(declared, CsvOptions::default(), Policy::default(), &payloads);
             assert!(decoded.rejected.is_empty(), "{:?}", decoded.rejected);
-            assert!(
-                decoded
-                    .batch
-                    .column(3)
-                    .as_primitive::<Float32Type>()
-                    .value(1)
-                    .is_nan()
-            );
+            assert!(decoded.batch.column(3).as_primitive::<Float32Type>().value(1).is_nan());
             let encoder = CsvEncoder::new(&schema(declared), options).unwrap();
             let encoded = encoder.encode(&decoded.batch).unwrap();
-            let texts: Vec<&str> = encoded
-                .iter()
-                .flatten()
-                .map(|b| std::str::from_utf8(b).unwrap())
-                .collect();
+            let texts: Vec<&str> = encoded.iter().flatten().map(|b| std::str::from_utf8(b).unwrap()).collect();
             let again = decode(declared, options, Policy::default(), &texts);
             assert!(again.rejected.is_empty(), "{:?} {texts:?}", again.rejected);
             // NaN differs from itself: compare all columns but that one.
@@ -543,15 +415,9 @@ mod tests {
     #[test]
     fn a_delimiter_must_be_one() {
         for delimiter in ['"', '\n', 'é', '\0'] {
-            let options = CsvOptions {
-                header: false,
-                delimiter,
-            };
+            let options = CsvOptions { header: false, delimiter };
             let encoder = CsvEncoder::new(&schema(r#"{"n":"int32"}"#), options);
-            assert!(
-                matches!(encoder.err(), Some(FormatError::Csv(_))),
-                "{delimiter:?}"
-            );
+            assert!(matches!(encoder.err(), Some(FormatError::Csv(_))), "{delimiter:?}");
         }
     }
 }

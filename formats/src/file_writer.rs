@@ -36,32 +36,21 @@ impl<W: Write + Send> FileWriter<W> {
     /// # Errors
     /// [`FormatError::Arrow`] or [`FormatError::Parquet`] if the format cannot carry a type of the schema, and what
     /// writing gives.
-    pub fn create(
-        mut output: W,
-        format: FileFormat,
-        schema: SchemaRef,
-    ) -> Result<Self, FormatError> {
+    pub fn create(mut output: W, format: FileFormat, schema: SchemaRef) -> Result<Self, FormatError> {
         let form = match format {
             FileFormat::JsonLines => Form::JsonLines(JsonEncoder::new(&schema, false)?, output),
             FileFormat::Csv => {
-                let options = CsvOptions {
-                    header: true,
-                    ..CsvOptions::default()
-                };
+                let options = CsvOptions { header: true, ..CsvOptions::default() };
                 let encoder = CsvEncoder::new(&schema, options)?;
                 output.write_all(encoder.header())?;
                 Form::Csv(encoder, output)
             }
             FileFormat::Parquet => {
-                let properties = WriterProperties::builder()
-                    .set_compression(Compression::SNAPPY)
-                    .build();
+                let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
                 let writer = ArrowWriter::try_new(output, schema.clone(), Some(properties))?;
                 Form::Parquet(Box::new(writer))
             }
-            FileFormat::Arrow => {
-                Form::Arrow(Box::new(IpcWriter::try_new_buffered(output, &schema)?))
-            }
+            FileFormat::Arrow => Form::Arrow(Box::new(IpcWriter::try_new_buffered(output, &schema)?)),
         };
         Ok(Self { schema, form })
     }
@@ -122,25 +111,18 @@ mod tests {
     fn batch() -> RecordBatch {
         let column = Arc::new(Int32Array::from(vec![Some(1), None])) as ArrayRef;
         let text = Arc::new(arrow::array::StringArray::from(vec!["a", "b,c"])) as ArrayRef;
-        RecordBatch::try_from_iter_with_nullable([("n", column, true), ("s,t", text, true)])
-            .unwrap()
+        RecordBatch::try_from_iter_with_nullable([("n", column, true), ("s,t", text, true)]).unwrap()
     }
 
     #[test]
     fn text_files_are_what_other_programs_expect() {
         for (format, expected) in [
-            (
-                FileFormat::JsonLines,
-                "{\"n\":1,\"s,t\":\"a\"}\n{\"s,t\":\"b,c\"}\n",
-            ),
+            (FileFormat::JsonLines, "{\"n\":1,\"s,t\":\"a\"}\n{\"s,t\":\"b,c\"}\n"),
             (FileFormat::Csv, "n,\"s,t\"\n1,a\n,\"b,c\"\n"),
         ] {
             let mut writer = FileWriter::create(Vec::new(), format, batch().schema()).unwrap();
             writer.write(&batch()).unwrap();
-            assert_eq!(
-                String::from_utf8(writer.finish().unwrap()).unwrap(),
-                expected
-            );
+            assert_eq!(String::from_utf8(writer.finish().unwrap()).unwrap(), expected);
         }
     }
 
@@ -149,10 +131,7 @@ mod tests {
         for format in [FileFormat::JsonLines, FileFormat::Parquet] {
             let mut writer = FileWriter::create(Vec::new(), format, batch().schema()).unwrap();
             let other = batch().project(&[1]).unwrap();
-            assert!(matches!(
-                writer.write(&other),
-                Err(FormatError::OtherSchema { .. })
-            ));
+            assert!(matches!(writer.write(&other), Err(FormatError::OtherSchema { .. })));
         }
     }
 }

@@ -53,13 +53,7 @@ pub struct ReadOptions {
 impl Default for ReadOptions {
     /// The default policy, and CSV with a header and commas.
     fn default() -> Self {
-        Self {
-            policy: Policy::default(),
-            csv: CsvOptions {
-                header: true,
-                ..CsvOptions::default()
-            },
-        }
+        Self { policy: Policy::default(), csv: CsvOptions { header: true, ..CsvOptions::default() } }
     }
 }
 
@@ -110,14 +104,7 @@ impl FileReader {
         batch_rows: usize,
         skip_rows: u64,
     ) -> Result<Self, FormatError> {
-        Self::open_with(
-            path,
-            format,
-            declared,
-            batch_rows,
-            skip_rows,
-            ReadOptions::default(),
-        )
+        Self::open_with(path, format, declared, batch_rows, skip_rows, ReadOptions::default())
     }
 
     /// As [`FileReader::open`], with options.
@@ -134,10 +121,7 @@ impl FileReader {
     ) -> Result<Self, FormatError> {
         let ReadOptions { policy, csv } = options;
         let lines = |csv, declared: Option<SchemaRef>| {
-            let schema = declared.ok_or_else(|| FormatError::SchemaRequired {
-                path: path.to_owned(),
-                format: format.name(),
-            })?;
+            let schema = declared.ok_or_else(|| FormatError::SchemaRequired { path: path.to_owned(), format: format.name() })?;
             let reader = LinesReader::open(path, csv, schema, policy, batch_rows, skip_rows)?;
             Ok(Inner::Lines(Box::new(reader)))
         };
@@ -145,14 +129,8 @@ impl FileReader {
         let inner: Result<Inner, FormatError> = match format {
             FileFormat::JsonLines => lines(None, declared),
             FileFormat::Csv => lines(Some(csv), declared),
-            FileFormat::Parquet => {
-                ColumnsReader::open_parquet(path, declared, policy, batch_rows, skip_rows)
-                    .map(columns)
-            }
-            FileFormat::Arrow => {
-                ColumnsReader::open_arrow(path, declared, policy, batch_rows, skip_rows)
-                    .map(columns)
-            }
+            FileFormat::Parquet => ColumnsReader::open_parquet(path, declared, policy, batch_rows, skip_rows).map(columns),
+            FileFormat::Arrow => ColumnsReader::open_arrow(path, declared, policy, batch_rows, skip_rows).map(columns),
         };
         inner.map(Self)
     }
@@ -191,17 +169,10 @@ mod tests {
     use crate::file_writer::FileWriter;
     use crate::schema::Declaration;
 
-    const FORMATS: [FileFormat; 4] = [
-        FileFormat::JsonLines,
-        FileFormat::Csv,
-        FileFormat::Parquet,
-        FileFormat::Arrow,
-    ];
+    const FORMATS: [FileFormat; 4] = [FileFormat::JsonLines, FileFormat::Csv, FileFormat::Parquet, FileFormat::Arrow];
 
     fn schema(text: &str) -> SchemaRef {
-        serde_json::from_str::<Declaration>(text)
-            .unwrap()
-            .to_arrow()
+        serde_json::from_str::<Declaration>(text).unwrap().to_arrow()
     }
 
     fn file(bytes: &[u8]) -> (TempDir, PathBuf) {
@@ -216,11 +187,7 @@ mod tests {
     }
 
     fn numbers(rows: &FileRows) -> Vec<i64> {
-        rows.batch
-            .column(0)
-            .as_primitive::<Int64Type>()
-            .values()
-            .to_vec()
+        rows.batch.column(0).as_primitive::<Int64Type>().values().to_vec()
     }
 
     #[test]
@@ -239,13 +206,10 @@ mod tests {
         let (_dir, path) = file(&text);
         for (start, size) in [(0, 1), (0, 7), (8, 100), (21, 3), (39, 5), (40, 5), (90, 5)] {
             let declared = Some(schema(r#"{"n":"int64"}"#));
-            let reader =
-                FileReader::open(&path, FileFormat::JsonLines, declared, size, start).unwrap();
+            let reader = FileReader::open(&path, FileFormat::JsonLines, declared, size, start).unwrap();
             let all = drain(reader);
             let good: Vec<i64> = all.iter().flat_map(numbers).collect();
-            let expected: Vec<i64> = (start as i64..40)
-                .filter(|n| ![7, 8, 20, 30, 39].contains(n))
-                .collect();
+            let expected: Vec<i64> = (start as i64..40).filter(|n| ![7, 8, 20, 30, 39].contains(n)).collect();
             assert_eq!(good, expected);
             let bad: Vec<_> = all.iter().flat_map(|rows| rows.rejected.clone()).collect();
             let lines: Vec<u64> = bad.iter().map(|row| row.row).collect();
@@ -282,11 +246,7 @@ mod tests {
         };
         assert_eq!((rejected.row, rejected.bytes.len()), (1, 64 << 10));
         let length = text.len() - 8 - 8;
-        assert!(
-            rejected.reason.contains(&length.to_string()),
-            "{}",
-            rejected.reason
-        );
+        assert!(rejected.reason.contains(&length.to_string()), "{}", rejected.reason);
     }
 
     #[test]
@@ -295,50 +255,36 @@ mod tests {
         let (_dir, path) = file(text.as_bytes());
         let declared = schema(r#"{"s":"utf8","n":"int64"}"#);
         for start in 0..9 {
-            let reader =
-                FileReader::open(&path, FileFormat::Csv, Some(declared.clone()), 2, start).unwrap();
+            let reader = FileReader::open(&path, FileFormat::Csv, Some(declared.clone()), 2, start).unwrap();
             let all = drain(reader);
             let got: Vec<(String, i64)> = all
                 .iter()
                 .flat_map(|rows| {
                     let s = rows.batch.column(0).as_string::<i32>();
                     let n = rows.batch.column(1).as_primitive::<Int64Type>();
-                    (0..rows.batch.num_rows())
-                        .map(move |row| (s.value(row).to_owned(), n.value(row)))
+                    (0..rows.batch.num_rows()).map(move |row| (s.value(row).to_owned(), n.value(row)))
                 })
                 .collect();
             // Records: 0 is 1, 1 is the stray, 2 is 3, 3 is 4, 4 is blank, 5 is 5, 6 is x, 7 is 6.
             let records = [(0, "a\nb", 1), (2, "c", 3), (3, "d", 4), (5, "e\n\n", 5)];
-            let expected: Vec<(String, i64)> = records
-                .iter()
-                .filter(|(record, _, _)| *record >= start)
-                .map(|(_, s, n)| ((*s).to_owned(), *n))
-                .collect();
+            let expected: Vec<(String, i64)> =
+                records.iter().filter(|(record, _, _)| *record >= start).map(|(_, s, n)| ((*s).to_owned(), *n)).collect();
             assert_eq!(got, expected, "from {start}");
-            let rejected: Vec<(u64, Vec<u8>)> = all
-                .iter()
-                .flat_map(|rows| rows.rejected.iter().map(|r| (r.row, r.bytes.clone())))
-                .collect();
+            let rejected: Vec<(u64, Vec<u8>)> =
+                all.iter().flat_map(|rows| rows.rejected.iter().map(|r| (r.row, r.bytes.clone()))).collect();
             let bad: [(u64, &[u8]); 3] = [(1, b"2,\"stray"), (6, b"x,y"), (7, b"6,\"end")];
-            let expected: Vec<(u64, Vec<u8>)> = bad
-                .iter()
-                .filter(|(record, _)| *record >= start)
-                .map(|(record, bytes)| (*record, bytes.to_vec()))
-                .collect();
+            let expected: Vec<(u64, Vec<u8>)> =
+                bad.iter().filter(|(record, _)| *record >= start).map(|(record, bytes)| (*record, bytes.to_vec())).collect();
             assert_eq!(rejected, expected, "from {start}");
         }
     }
 
     #[test]
     fn every_format_comes_back_and_resumes_at_any_row() {
-        let declared = schema(
-            r#"{"n":"int64","s":"utf8","t":"timestamp_us","l":{"list":"float32"},"p":{"struct":{"x":"int8"}}}"#,
-        );
-        let lines: Vec<String> = (0..25)
-            .map(|n| {
-                format!(r#"{{"n":{n},"s":"a,\"{n}\n","t":{n},"l":[{n}.5,null],"p":{{"x":{n}}}}}"#)
-            })
-            .collect();
+        let declared =
+            schema(r#"{"n":"int64","s":"utf8","t":"timestamp_us","l":{"list":"float32"},"p":{"struct":{"x":"int8"}}}"#);
+        let lines: Vec<String> =
+            (0..25).map(|n| format!(r#"{{"n":{n},"s":"a,\"{n}\n","t":{n},"l":[{n}.5,null],"p":{{"x":{n}}}}}"#)).collect();
         let (dir, path) = file(lines.join("\n").as_bytes());
         let whole = FileReader::open(&path, FileFormat::JsonLines, Some(declared.clone()), 100, 0);
         let whole = drain(whole.unwrap()).remove(0);
@@ -351,21 +297,12 @@ mod tests {
             writer.write(&whole.batch.slice(10, 15)).unwrap();
             writer.finish().unwrap().sync_all().unwrap();
             for skip in [0, 1, 9, 10, 24, 25, 60] {
-                let reader =
-                    FileReader::open(&path, format, Some(declared.clone()), 4, skip as u64);
+                let reader = FileReader::open(&path, format, Some(declared.clone()), 4, skip as u64);
                 let all = drain(reader.unwrap());
-                assert!(
-                    all.iter()
-                        .all(|rows| rows.batch.num_rows() <= 4 && rows.rejected.is_empty())
-                );
+                assert!(all.iter().all(|rows| rows.batch.num_rows() <= 4 && rows.rejected.is_empty()));
                 let got = concat_batches(&declared, all.iter().map(|rows| &rows.batch)).unwrap();
                 let from = skip.min(25);
-                assert_eq!(
-                    got,
-                    whole.batch.slice(from, 25 - from),
-                    "{} from {skip}",
-                    format.name()
-                );
+                assert_eq!(got, whole.batch.slice(from, 25 - from), "{} from {skip}", format.name());
                 if let (Some(first), Some(last)) = (all.first(), all.last()) {
                     assert_eq!((first.first_row, last.next_row), (skip as u64, 25));
                 }
@@ -396,43 +333,24 @@ mod tests {
             assert_eq!(rows.batch.column(1).null_count(), 1);
 
             let wrong = schema(r#"{"s":"int64"}"#);
-            let error = FileReader::open(&path, format, Some(wrong), 9, 0)
-                .err()
-                .unwrap();
-            assert!(
-                error
-                    .to_string()
-                    .contains("column 's' is utf8, declared as int64"),
-                "{error}"
-            );
+            let error = FileReader::open(&path, format, Some(wrong), 9, 0).err().unwrap();
+            assert!(error.to_string().contains("column 's' is utf8, declared as int64"), "{error}");
         }
     }
 
     #[test]
     fn what_cannot_be_opened_says_why() {
         let (_dir, path) = file(b"a,b\n1,2\n");
-        let error = FileReader::open(&path, FileFormat::Csv, None, 9, 0)
-            .err()
-            .unwrap();
-        assert!(
-            error.to_string().contains("as csv without a schema"),
-            "{error}"
-        );
+        let error = FileReader::open(&path, FileFormat::Csv, None, 9, 0).err().unwrap();
+        assert!(error.to_string().contains("as csv without a schema"), "{error}");
         let required = Some(schema(r#"{"c":"int64!"}"#));
-        let error = FileReader::open(&path, FileFormat::Csv, required, 9, 0)
-            .err()
-            .unwrap();
-        assert!(
-            error.to_string().contains("the header lacks column 'c'"),
-            "{error}"
-        );
+        let error = FileReader::open(&path, FileFormat::Csv, required, 9, 0).err().unwrap();
+        assert!(error.to_string().contains("the header lacks column 'c'"), "{error}");
         for format in [FileFormat::Parquet, FileFormat::Arrow] {
             assert!(FileReader::open(&path, format, None, 9, 0).is_err());
         }
         let missing = path.with_extension("missing");
-        let error = FileReader::open(&missing, FileFormat::Parquet, None, 9, 0)
-            .err()
-            .unwrap();
+        let error = FileReader::open(&missing, FileFormat::Parquet, None, 9, 0).err().unwrap();
         assert!(error.to_string().starts_with("cannot open"), "{error}");
     }
 }

@@ -4,9 +4,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array,
-};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, StructArray, new_null_array};
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema, SchemaRef};
 
@@ -25,16 +23,12 @@ fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), String
     for field in to {
         match from.find(field.name()) {
             Some((_, found)) => match (found.data_type(), field.data_type()) {
-                (DataType::Struct(from), DataType::Struct(to)) => check_fields(from, to, policy)
-                    .map_err(|reason| format!("column '{}': {reason}", field.name()))?,
+                (DataType::Struct(from), DataType::Struct(to)) => {
+                    check_fields(from, to, policy).map_err(|reason| format!("column '{}': {reason}", field.name()))?
+                }
                 (from, to) if from == to || holds(to, from) => {}
                 (from, to) => {
-                    return Err(format!(
-                        "column '{}' is {}, declared as {}",
-                        field.name(),
-                        type_name(from),
-                        type_name(to)
-                    ));
+                    return Err(format!("column '{}' is {}, declared as {}", field.name(), type_name(from), type_name(to)));
                 }
             },
             None if !field.is_nullable() || policy.missing == Missing::Reject => {
@@ -44,9 +38,7 @@ fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), String
         }
     }
     match from.iter().find(|found| to.find(found.name()).is_none()) {
-        Some(extra) if policy.unknown == Unknown::Reject => {
-            Err(format!("column '{}' is not declared", extra.name()))
-        }
+        Some(extra) if policy.unknown == Unknown::Reject => Err(format!("column '{}' is not declared", extra.name())),
         _ => Ok(()),
     }
 }
@@ -55,25 +47,16 @@ fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), String
 ///
 /// # Errors
 /// Which column stands in the way, and why.
-pub(crate) fn fit(
-    batch: &RecordBatch,
-    schema: &SchemaRef,
-    policy: Policy,
-) -> Result<RecordBatch, String> {
+pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Result<RecordBatch, String> {
     let found = batch.schema();
     check(&found, schema, policy)?;
     let column = |field: &Arc<Field>| match batch.column_by_name(field.name()) {
         Some(array) => fit_array(array, field, policy),
         None => Ok(new_null_array(field.data_type(), batch.num_rows())),
     };
-    let columns = schema
-        .fields()
-        .iter()
-        .map(column)
-        .collect::<Result<_, _>>()?;
+    let columns = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    RecordBatch::try_new_with_options(schema.clone(), columns, &options)
-        .map_err(|error| error.to_string())
+    RecordBatch::try_new_with_options(schema.clone(), columns, &options).map_err(|error| error.to_string())
 }
 
 fn fit_array(array: &ArrayRef, field: &Field, policy: Policy) -> Result<ArrayRef, String> {
@@ -93,17 +76,10 @@ fn fit_array(array: &ArrayRef, field: &Field, policy: Policy) -> Result<ArrayRef
             )
         }
         (_, to) => {
-            let options = CastOptions {
-                safe: false,
-                ..CastOptions::default()
-            };
-            let cast = cast_with_options(array, to, &options)
-                .map_err(|error| format!("column '{}': {error}", field.name()))?;
+            let options = CastOptions { safe: false, ..CastOptions::default() };
+            let cast = cast_with_options(array, to, &options).map_err(|error| format!("column '{}': {error}", field.name()))?;
             if *to == DataType::Float32 && overflowed(array, &cast) {
-                return Err(format!(
-                    "column '{}': a value is out of range for float32",
-                    field.name()
-                ));
+                return Err(format!("column '{}': a value is out of range for float32", field.name()));
             }
             cast
         }
@@ -124,9 +100,7 @@ fn overflowed(from: &ArrayRef, to: &ArrayRef) -> bool {
 /// Whether values of type `from` are values of type `to`, range and precision aside.
 fn holds(to: &DataType, from: &DataType) -> bool {
     use DataType::*;
-    let inner = |to: &Field, from: &Field| {
-        to.data_type() == from.data_type() || holds(to.data_type(), from.data_type())
-    };
+    let inner = |to: &Field, from: &Field| to.data_type() == from.data_type() || holds(to.data_type(), from.data_type());
     match (from, to) {
         (Null, _) => true,
         (Dictionary(_, values), to) => **values == *to || holds(to, values),
@@ -151,9 +125,7 @@ mod tests {
     use crate::schema::Declaration;
 
     fn schema(text: &str) -> SchemaRef {
-        serde_json::from_str::<Declaration>(text)
-            .unwrap()
-            .to_arrow()
+        serde_json::from_str::<Declaration>(text).unwrap().to_arrow()
     }
 
     fn batch() -> RecordBatch {
@@ -163,18 +135,9 @@ mod tests {
         )]);
         RecordBatch::try_from_iter([
             ("i", Arc::new(Int64Array::from(vec![1, 300])) as ArrayRef),
-            (
-                "f",
-                Arc::new(Float64Array::from(vec![1.5, 1e39])) as ArrayRef,
-            ),
-            (
-                "s",
-                Arc::new(LargeStringArray::from(vec!["a", "b"])) as ArrayRef,
-            ),
-            (
-                "t",
-                Arc::new(TimestampMillisecondArray::from(vec![1, 2])) as ArrayRef,
-            ),
+            ("f", Arc::new(Float64Array::from(vec![1.5, 1e39])) as ArrayRef),
+            ("s", Arc::new(LargeStringArray::from(vec!["a", "b"])) as ArrayRef),
+            ("t", Arc::new(TimestampMillisecondArray::from(vec![1, 2])) as ArrayRef),
             ("p", Arc::new(inner) as ArrayRef),
         ])
         .unwrap()
@@ -182,20 +145,14 @@ mod tests {
 
     #[test]
     fn selects_reorders_and_casts() {
-        let declared = schema(
-            r#"{"s":"utf8","p":{"struct":{"new":"utf8","x":"int32"}},"i":"float32","t":"timestamp_us","gone":"int8"}"#,
-        );
+        let declared =
+            schema(r#"{"s":"utf8","p":{"struct":{"new":"utf8","x":"int32"}},"i":"float32","t":"timestamp_us","gone":"int8"}"#);
         let fitted = fit(&batch(), &declared, Policy::default()).unwrap();
         assert_eq!(fitted.schema(), declared);
         assert_eq!(fitted.column(0).as_string::<i32>().value(1), "b");
         let x = fitted.column(1).as_struct().column(1).clone();
-        assert_eq!(
-            x.as_primitive::<arrow::datatypes::Int32Type>().values(),
-            &[1, 2]
-        );
-        let t = fitted
-            .column(3)
-            .as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
+        assert_eq!(x.as_primitive::<arrow::datatypes::Int32Type>().values(), &[1, 2]);
+        let t = fitted.column(3).as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
         assert_eq!(t.values(), &[1_000, 2_000]);
         assert_eq!(fitted.column(4).null_count(), 2);
     }
@@ -204,26 +161,17 @@ mod tests {
     fn refuses_what_would_bend_a_value() {
         for (declared, reason) in [
             (r#"{"i":"int8"}"#, "column 'i'"),
-            (
-                r#"{"f":"int64"}"#,
-                "column 'f' is float64, declared as int64",
-            ),
+            (r#"{"f":"int64"}"#, "column 'f' is float64, declared as int64"),
             (r#"{"f":"float32"}"#, "out of range for float32"),
             (r#"{"s":"int64"}"#, "declared as int64"),
             (r#"{"i":"utf8"}"#, "declared as utf8"),
             (r#"{"gone":"int8!"}"#, "missing column 'gone'"),
-            (
-                r#"{"p":{"struct":{"x":"utf8"}}}"#,
-                "column 'p': column 'x' is int64",
-            ),
+            (r#"{"p":{"struct":{"x":"utf8"}}}"#, "column 'p': column 'x' is int64"),
         ] {
             let error = fit(&batch(), &schema(declared), Policy::default()).unwrap_err();
             assert!(error.contains(reason), "{declared}: {error}");
         }
-        let strict = Policy {
-            unknown: Unknown::Reject,
-            ..Policy::default()
-        };
+        let strict = Policy { unknown: Unknown::Reject, ..Policy::default() };
         let error = fit(&batch(), &schema(r#"{"i":"int64"}"#), strict).unwrap_err();
         assert!(error.contains("column 'f' is not declared"), "{error}");
     }

@@ -25,9 +25,7 @@ const SAMPLE_BYTES: u64 = 4 << 20;
 ///
 /// # Errors
 /// [`FormatError::Infer`] if no sample has a field.
-pub fn infer_json<'a>(
-    samples: impl IntoIterator<Item = &'a [u8]>,
-) -> Result<Declaration, FormatError> {
+pub fn infer_json<'a>(samples: impl IntoIterator<Item = &'a [u8]>) -> Result<Declaration, FormatError> {
     let mut all = Guess::Nothing;
     let (mut seen, mut last_error) = (0_usize, None);
     for sample in samples {
@@ -57,9 +55,7 @@ pub fn infer_csv(sample: &[u8], options: CsvOptions) -> Result<Declaration, Form
     let text = match std::str::from_utf8(sample) {
         Ok(text) => text,
         // A sample may end within a character.
-        Err(error) if error.error_len().is_none() => {
-            std::str::from_utf8(&sample[..error.valid_up_to()]).unwrap_or_default()
-        }
+        Err(error) if error.error_len().is_none() => std::str::from_utf8(&sample[..error.valid_up_to()]).unwrap_or_default(),
         Err(error) => {
             let place = error.valid_up_to();
             return Err(FormatError::Infer(format!("invalid UTF-8 at byte {place}")));
@@ -121,11 +117,7 @@ pub fn infer_file(path: &Path, format: FileFormat) -> Result<Declaration, Format
 fn read_sample(path: &Path) -> Result<Vec<u8>, FormatError> {
     let mut sample = Vec::new();
     let read = File::open(path).and_then(|file| file.take(SAMPLE_BYTES).read_to_end(&mut sample));
-    read.map_err(|source| FormatError::File {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    })?;
+    read.map_err(|source| FormatError::File { action: "read", path: path.to_owned(), source })?;
     if sample.len() as u64 == SAMPLE_BYTES
         && let Some(end) = sample.iter().rposition(|byte| *byte == b'\n')
     {
@@ -299,24 +291,15 @@ mod tests {
     #[test]
     fn contradictions_become_text() {
         assert_eq!(json(&[r#"{"a":1}"#, r#"{"a":"x"}"#]), "{ a: utf8 }");
-        assert_eq!(
-            json(&[r#"{"a":"2024-02-29"}"#, r#"{"a":"soon"}"#]),
-            "{ a: utf8 }"
-        );
-        assert_eq!(
-            json(&[r#"{"a":18446744073709551615}"#, r#"{"a":-1}"#]),
-            "{ a: float64 }"
-        );
+        assert_eq!(json(&[r#"{"a":"2024-02-29"}"#, r#"{"a":"soon"}"#]), "{ a: utf8 }");
+        assert_eq!(json(&[r#"{"a":18446744073709551615}"#, r#"{"a":-1}"#]), "{ a: float64 }");
     }
 
     #[test]
     fn bad_samples_are_passed_over_unless_all_are() {
         assert_eq!(json(&["{", r#"{"a":1}"#, "[1]"]), "{ a: int64 }");
         let error = json(&["{}", "{\"a\":"]);
-        assert!(
-            error.contains("none of 2 samples") && error.contains("EOF"),
-            "{error}"
-        );
+        assert!(error.contains("none of 2 samples") && error.contains("EOF"), "{error}");
         assert!(json(&[]).contains("none of 0 samples"));
     }
 
@@ -329,10 +312,7 @@ mod tests {
             "{ t: timestamp_us, \"n\": int64, f: float64, s: utf8, e: utf8 }"
         );
         let declared = infer_csv(b"true,1\nfalse,2,3\n", CsvOptions::default()).unwrap();
-        assert_eq!(
-            declared.to_string(),
-            "{ column_1: boolean, column_2: int64, column_3: int64 }"
-        );
+        assert_eq!(declared.to_string(), "{ column_1: boolean, column_2: int64, column_3: int64 }");
         assert!(infer_csv(b"", header).is_err());
     }
 

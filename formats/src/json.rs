@@ -28,10 +28,7 @@ impl JsonDecoder {
     /// # Errors
     /// [`FormatError::UnsupportedType`] for any other type.
     pub fn new(schema: SchemaRef, policy: Policy, limits: Limits) -> Result<Self, FormatError> {
-        Ok(Self {
-            rows: Rows::new(schema, policy, "json")?,
-            limits,
-        })
+        Ok(Self { rows: Rows::new(schema, policy, "json")?, limits })
     }
 
     /// The declared schema, which every batch has.
@@ -45,9 +42,7 @@ impl JsonDecoder {
     /// Only if Arrow refuses the finished batch; bad payloads are in [`Decoded::rejected`].
     pub fn decode(&mut self, payloads: &BinaryArray) -> Result<Decoded, FormatError> {
         let depth = self.limits.depth;
-        self.rows.decode(payloads, self.limits, |rows, payload| {
-            push_json(rows, payload, depth, Shape::ObjectOrArray)
-        })
+        self.rows.decode(payloads, self.limits, |rows, payload| push_json(rows, payload, depth, Shape::ObjectOrArray))
     }
 }
 
@@ -61,23 +56,14 @@ pub(crate) enum Shape {
 }
 
 /// Appends the rows of one JSON text. After an error `rows` must be cut back to where it was.
-pub(crate) fn push_json(
-    rows: &mut Rows,
-    payload: &[u8],
-    depth: usize,
-    shape: Shape,
-) -> Result<(), String> {
+pub(crate) fn push_json(rows: &mut Rows, payload: &[u8], depth: usize, shape: Shape) -> Result<(), String> {
     if payload.trim_ascii().is_empty() {
         return Err("empty payload".to_owned());
     }
-    let text = std::str::from_utf8(payload)
-        .map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
+    let text = std::str::from_utf8(payload).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
     check_depth(payload, depth)?;
     let mut json = serde_json::Deserializer::from_str(text);
-    Records { rows, shape }
-        .deserialize(&mut json)
-        .and_then(|()| json.end())
-        .map_err(|error| error.to_string())
+    Records { rows, shape }.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| error.to_string())
 }
 
 /// Refuses nesting beyond `limit` before anything follows it.
@@ -141,10 +127,7 @@ impl<'de> Visitor<'de> for Records<'_> {
             return Err(serde::de::Error::invalid_type(unexpected, &self));
         }
         loop {
-            let item = Records {
-                rows: &mut *self.rows,
-                shape: Shape::Object,
-            };
+            let item = Records { rows: &mut *self.rows, shape: Shape::Object };
             if seq.next_element_seed(item)?.is_none() {
                 return Ok(());
             }
@@ -158,8 +141,7 @@ mod tests {
 
     use arrow::array::{Array, AsArray};
     use arrow::datatypes::{
-        DataType, Field, Float32Type, Float64Type, Int32Type, Int64Type, Schema,
-        TimestampMillisecondType, UInt32Type,
+        DataType, Field, Float32Type, Float64Type, Int32Type, Int64Type, Schema, TimestampMillisecondType, UInt32Type,
     };
 
     use super::*;
@@ -168,16 +150,12 @@ mod tests {
     use crate::schema::Declaration;
 
     fn schema(text: &str) -> SchemaRef {
-        serde_json::from_str::<Declaration>(text)
-            .unwrap()
-            .to_arrow()
+        serde_json::from_str::<Declaration>(text).unwrap().to_arrow()
     }
 
     fn decode_with(schema: &SchemaRef, policy: Policy, payloads: &[&[u8]]) -> Decoded {
         let mut decoder = JsonDecoder::new(schema.clone(), policy, Limits::default()).unwrap();
-        decoder
-            .decode(&BinaryArray::from_iter_values(payloads))
-            .unwrap()
+        decoder.decode(&BinaryArray::from_iter_values(payloads)).unwrap()
     }
 
     fn decode(text: &str, payloads: &[&str]) -> Decoded {
@@ -215,18 +193,13 @@ mod tests {
             (deep.as_bytes(), "nested more than 64"),
             (b"{\"n\":300000000000}", "out of range for int32"),
             (b"{\"n\":1.7}", "expected int32"),
-            (
-                b"{\"n\":\"12\"}",
-                "field 'n': invalid type: string \"12\", expected int32",
-            ),
+            (b"{\"n\":\"12\"}", "field 'n': invalid type: string \"12\", expected int32"),
             (b"{\"f\":1e39}", "out of range for float32"),
             (b"{\"n\":1,,\"s\":\"a\"}", "key must be a string"),
             (b"null", "expected an object or an array of objects"),
             (b"[{\"n\":1},{\"n\":true}]", "expected int32"),
         ];
-        let good: Vec<String> = (0..1_000)
-            .map(|n| format!("{{\"n\":{n},\"s\":\"row {n}\",\"f\":{n}.5}}"))
-            .collect();
+        let good: Vec<String> = (0..1_000).map(|n| format!("{{\"n\":{n},\"s\":\"row {n}\",\"f\":{n}.5}}")).collect();
         let mut payloads: Vec<&[u8]> = good.iter().map(|text| text.as_bytes()).collect();
         for (index, (bytes, _)) in bad.iter().enumerate() {
             payloads[7 + index * 49] = bytes;
@@ -244,54 +217,29 @@ mod tests {
         assert_eq!(decoded.origin.len(), decoded.batch.num_rows());
         assert!(decoded.origin.is_sorted());
         for (row, origin) in decoded.origin.iter().enumerate() {
-            let n = decoded
-                .batch
-                .column(0)
-                .as_primitive::<Int32Type>()
-                .value(row);
+            let n = decoded.batch.column(0).as_primitive::<Int32Type>().value(row);
             assert_eq!(n as u32, *origin);
             let s = decoded.batch.column(1).as_string::<i32>().value(row);
             assert_eq!(s, format!("row {n}"));
-            let f = decoded
-                .batch
-                .column(2)
-                .as_primitive::<Float32Type>()
-                .value(row);
+            let f = decoded.batch.column(2).as_primitive::<Float32Type>().value(row);
             assert_eq!(f, n as f32 + 0.5);
         }
     }
 
     #[test]
     fn half_an_object_is_not_completed_by_the_next() {
-        let decoded = decode(
-            r#"{"n":"int32","s":"utf8"}"#,
-            &[r#"{"n":1,"#, r#""s":"x"}"#, r#"{"n":2}"#],
-        );
+        let decoded = decode(r#"{"n":"int32","s":"utf8"}"#, &[r#"{"n":1,"#, r#""s":"x"}"#, r#"{"n":2}"#]);
         let payloads: Vec<u32> = decoded.rejected.iter().map(|r| r.payload).collect();
         assert_eq!(payloads, [0, 1]);
         assert_eq!(decoded.origin, [2]);
-        assert_eq!(
-            decoded.batch.column(0).as_primitive::<Int32Type>().values(),
-            &[2]
-        );
+        assert_eq!(decoded.batch.column(0).as_primitive::<Int32Type>().values(), &[2]);
     }
 
     #[test]
     fn an_array_is_taken_or_rejected_whole() {
-        let decoded = decode(
-            r#"{"n":"int32"}"#,
-            &[
-                r#"[{"n":1},{"n":2}]"#,
-                r#"[{"n":3},{"n":"x"},{"n":4}]"#,
-                "[]",
-                r#"{"n":5}"#,
-                "[[]]",
-            ],
-        );
-        assert_eq!(
-            decoded.batch.column(0).as_primitive::<Int32Type>().values(),
-            &[1, 2, 5]
-        );
+        let decoded =
+            decode(r#"{"n":"int32"}"#, &[r#"[{"n":1},{"n":2}]"#, r#"[{"n":3},{"n":"x"},{"n":4}]"#, "[]", r#"{"n":5}"#, "[[]]"]);
+        assert_eq!(decoded.batch.column(0).as_primitive::<Int32Type>().values(), &[1, 2, 5]);
         assert_eq!(decoded.origin, [0, 0, 3]);
         let payloads: Vec<u32> = decoded.rejected.iter().map(|r| r.payload).collect();
         assert_eq!(payloads, [1, 4]);
@@ -319,10 +267,7 @@ mod tests {
         let declared = r#"{"p":{"struct":{"lat":"float64!"}},"v":{"fixed_size_list":{"item":"float32","size":2}},
             "r":"int8!","h":"binary","d":"date","t":"timestamp_ms","b":"boolean"}"#;
         for (payload, expected) in [
-            (
-                r#"{"r":1,"p":{"lat":"x"}}"#,
-                "field 'p': field 'lat': invalid type: string \"x\", expected float64",
-            ),
+            (r#"{"r":1,"p":{"lat":"x"}}"#, "field 'p': field 'lat': invalid type: string \"x\", expected float64"),
             (r#"{"r":1,"p":{}}"#, "field 'p': missing field 'lat'"),
             (r#"{"r":1,"p":{"lat":null}}"#, "null in a required field"),
             (r#"{"r":null}"#, "field 'r': null in a required field"),
@@ -334,10 +279,7 @@ mod tests {
             (r#"{"r":1,"h":"abc"}"#, "hexadecimal"),
             (r#"{"r":1,"d":"2024-02-30"}"#, "not an ISO 8601 date"),
             (r#"{"r":1,"t":"yesterday"}"#, "not an ISO 8601 timestamp"),
-            (
-                r#"{"r":1,"t":"2024-01-01T00:00:00é"}"#,
-                "not an ISO 8601 timestamp",
-            ),
+            (r#"{"r":1,"t":"2024-01-01T00:00:00é"}"#, "not an ISO 8601 timestamp"),
             (r#"{"r":1,"t":1.5}"#, "expected timestamp_ms"),
             (r#"{"r":1,"b":1}"#, "expected boolean"),
             (r#"{"r":1,"b":{}}"#, "invalid type: map, expected boolean"),
@@ -360,26 +302,16 @@ mod tests {
             ],
         );
         assert!(decoded.rejected.is_empty(), "{:?}", decoded.rejected);
-        let times = decoded
-            .batch
-            .column(0)
-            .as_primitive::<TimestampMillisecondType>();
+        let times = decoded.batch.column(0).as_primitive::<TimestampMillisecondType>();
         assert_eq!(times.values(), &[1_700_000_000_123; 4]);
-        let days = decoded
-            .batch
-            .column(1)
-            .as_primitive::<arrow::datatypes::Date32Type>();
+        let days = decoded.batch.column(1).as_primitive::<arrow::datatypes::Date32Type>();
         assert_eq!((days.value(0), days.value(1)), (19_675, 19_675));
     }
 
     #[test]
     fn policies_are_kept() {
         let declared = schema(r#"{"a":"int32","p":{"struct":{"x":"int32"}}}"#);
-        let strict = Policy {
-            missing: Missing::Reject,
-            unknown: Unknown::Reject,
-            ..Policy::default()
-        };
+        let strict = Policy { missing: Missing::Reject, unknown: Unknown::Reject, ..Policy::default() };
         let payloads: [&[u8]; 5] = [
             br#"{"a":1,"p":{"x":1}}"#,
             br#"{"a":1}"#,
@@ -401,10 +333,7 @@ mod tests {
     #[test]
     fn limits_nulls_and_large_integers() {
         let declared = schema(r#"{"u":"uint64","i":"int64","f":"float64"}"#);
-        let limits = Limits {
-            max_payload: 64,
-            depth: 4,
-        };
+        let limits = Limits { max_payload: 64, depth: 4 };
         let mut decoder = JsonDecoder::new(declared, Policy::default(), limits).unwrap();
         let long = format!("{{\"i\":1{}}}", " ".repeat(64));
         let payloads: [Option<&[u8]>; 7] = [
@@ -423,37 +352,19 @@ mod tests {
         assert_eq!(reasons[0], "no payload (null)");
         assert!(reasons[1].contains("over the limit of 64"), "{reasons:?}");
         assert!(reasons[2].contains("out of range for int64"), "{reasons:?}");
-        assert!(
-            reasons[3].contains("out of range for uint64"),
-            "{reasons:?}"
-        );
+        assert!(reasons[3].contains("out of range for uint64"), "{reasons:?}");
         assert!(reasons[4].contains("more than 4 levels"), "{reasons:?}");
-        let u = decoded
-            .batch
-            .column(0)
-            .as_primitive::<arrow::datatypes::UInt64Type>();
+        let u = decoded.batch.column(0).as_primitive::<arrow::datatypes::UInt64Type>();
         assert_eq!(u.value(0), u64::MAX);
-        assert_eq!(
-            decoded.batch.column(1).as_primitive::<Int64Type>().value(0),
-            i64::MIN
-        );
-        assert_eq!(
-            decoded
-                .batch
-                .column(2)
-                .as_primitive::<Float64Type>()
-                .value(0),
-            0.1
-        );
+        assert_eq!(decoded.batch.column(1).as_primitive::<Int64Type>().value(0), i64::MIN);
+        assert_eq!(decoded.batch.column(2).as_primitive::<Float64Type>().value(0), 0.1);
     }
 
     #[test]
     fn a_type_that_cannot_be_declared_is_refused() {
         let time = DataType::Time64(arrow::datatypes::TimeUnit::Nanosecond);
         let schema = Arc::new(Schema::new(vec![Field::new("t", time, true)]));
-        let error = JsonDecoder::new(schema, Policy::default(), Limits::default())
-            .err()
-            .unwrap();
+        let error = JsonDecoder::new(schema, Policy::default(), Limits::default()).err().unwrap();
         assert!(error.to_string().contains("column 't'"), "{error}");
     }
 
@@ -477,8 +388,7 @@ mod tests {
             let payloads = encoder.encode(&decoded.batch).unwrap();
             assert_eq!(payloads.len(), 3);
             assert_eq!(payloads.value(1) == b"{}", !explicit_nulls);
-            let mut decoder =
-                JsonDecoder::new(schema(declared), Policy::default(), Limits::default()).unwrap();
+            let mut decoder = JsonDecoder::new(schema(declared), Policy::default(), Limits::default()).unwrap();
             let again = decoder.decode(&payloads).unwrap();
             assert!(again.rejected.is_empty(), "{:?}", again.rejected);
             assert_eq!(again.batch, decoded.batch);
@@ -497,9 +407,7 @@ mod tests {
             let list = decoded.batch.column(0).as_list::<i32>().value(0);
             assert_eq!(list.as_primitive::<UInt32Type>().values(), &[n, n]);
         }
-        let empty = decoder
-            .decode(&BinaryArray::from_iter_values(Vec::<&[u8]>::new()))
-            .unwrap();
+        let empty = decoder.decode(&BinaryArray::from_iter_values(Vec::<&[u8]>::new())).unwrap();
         assert_eq!(empty.batch.num_rows(), 0);
     }
 }

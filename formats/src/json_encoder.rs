@@ -40,25 +40,13 @@ impl JsonEncoder {
     pub fn encode(&self, batch: &RecordBatch) -> Result<BinaryArray, FormatError> {
         let (bytes, ends) = self.encode_rows(batch, b"")?;
         let offsets = OffsetBuffer::new(ScalarBuffer::from(ends));
-        Ok(BinaryArray::try_new(
-            offsets,
-            Buffer::from_vec(bytes),
-            None,
-        )?)
+        Ok(BinaryArray::try_new(offsets, Buffer::from_vec(bytes), None)?)
     }
 
     /// All rows in one run of bytes, each followed by `end`; and where each ends, after a leading 0.
-    pub(crate) fn encode_rows(
-        &self,
-        batch: &RecordBatch,
-        end: &[u8],
-    ) -> Result<(Vec<u8>, Vec<i32>), FormatError> {
+    pub(crate) fn encode_rows(&self, batch: &RecordBatch, end: &[u8]) -> Result<(Vec<u8>, Vec<i32>), FormatError> {
         let rows = batch.num_rows();
-        let field = Arc::new(Field::new_struct(
-            "",
-            batch.schema().fields().clone(),
-            false,
-        ));
+        let field = Arc::new(Field::new_struct("", batch.schema().fields().clone(), false));
         let array = StructArray::from(batch.clone());
         let mut encoder = make_encoder(&field, &array, &self.options)?;
         let mut bytes = Vec::with_capacity(rows * 64);
@@ -78,27 +66,15 @@ impl JsonEncoder {
 pub(crate) fn check_schema(declared: &Schema, batch: &RecordBatch) -> Result<(), FormatError> {
     let found = batch.schema();
     let same = declared.fields().len() == found.fields().len()
-        && declared
-            .fields()
-            .iter()
-            .zip(found.fields())
-            .all(|(a, b)| a.name() == b.name() && a.data_type() == b.data_type());
+        && declared.fields().iter().zip(found.fields()).all(|(a, b)| a.name() == b.name() && a.data_type() == b.data_type());
     if same {
         return Ok(());
     }
     let columns = |schema: &Schema| {
         let column = |field: &Arc<Field>| format!("{} {}", field.name(), field.data_type());
-        schema
-            .fields()
-            .iter()
-            .map(column)
-            .collect::<Vec<_>>()
-            .join(", ")
+        schema.fields().iter().map(column).collect::<Vec<_>>().join(", ")
     };
-    Err(FormatError::OtherSchema {
-        found: columns(&found),
-        declared: columns(declared),
-    })
+    Err(FormatError::OtherSchema { found: columns(&found), declared: columns(declared) })
 }
 
 #[cfg(test)]
@@ -111,32 +87,17 @@ mod tests {
     fn encodes_as_others_read_it() {
         let times = TimestampMillisecondArray::from(vec![1_700_000_000_123, 0]);
         let batch = RecordBatch::try_from_iter([
-            (
-                "t",
-                Arc::new(times.clone().with_timezone("UTC")) as ArrayRef,
-            ),
+            ("t", Arc::new(times.clone().with_timezone("UTC")) as ArrayRef),
             ("n", Arc::new(times) as ArrayRef),
-            (
-                "f",
-                Arc::new(Float64Array::from(vec![Some(f64::NAN), None])) as ArrayRef,
-            ),
-            (
-                "b",
-                Arc::new(BooleanArray::from(vec![true, false])) as ArrayRef,
-            ),
+            ("f", Arc::new(Float64Array::from(vec![Some(f64::NAN), None])) as ArrayRef),
+            ("b", Arc::new(BooleanArray::from(vec![true, false])) as ArrayRef),
         ])
         .unwrap();
         let encoder = JsonEncoder::new(&batch.schema(), true).unwrap();
         let payloads = encoder.encode(&batch).unwrap();
         let text = std::str::from_utf8(payloads.value(0)).unwrap();
-        assert_eq!(
-            text,
-            r#"{"t":"2023-11-14T22:13:20.123Z","n":"2023-11-14T22:13:20.123Z","f":null,"b":true}"#
-        );
+        assert_eq!(text, r#"{"t":"2023-11-14T22:13:20.123Z","n":"2023-11-14T22:13:20.123Z","f":null,"b":true}"#);
         let text = std::str::from_utf8(payloads.value(1)).unwrap();
-        assert!(
-            text.starts_with(r#"{"t":"1970-01-01T00:00:00Z","n":"1970-01-01T00:00:00Z""#),
-            "{text}"
-        );
+        assert!(text.starts_with(r#"{"t":"1970-01-01T00:00:00Z","n":"1970-01-01T00:00:00Z""#), "{text}");
     }
 }

@@ -5,9 +5,7 @@
 use std::fmt;
 
 use serde::Deserializer;
-use serde::de::{
-    self, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
-};
+use serde::de::{self, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use crate::column::{Column, Refusal, Values};
 use crate::payload::{Missing, Policy, Unknown};
@@ -19,17 +17,10 @@ pub(crate) struct Slot<'a> {
 }
 
 impl Slot<'_> {
-    fn check<E: de::Error>(
-        &self,
-        outcome: Result<(), Refusal>,
-        found: Unexpected<'_>,
-    ) -> Result<(), E> {
+    fn check<E: de::Error>(&self, outcome: Result<(), Refusal>, found: Unexpected<'_>) -> Result<(), E> {
         outcome.map_err(|refusal| match refusal {
             Refusal::Type => E::invalid_type(found, self),
-            Refusal::Range => E::custom(format_args!(
-                "{found} is out of range for {}",
-                self.column.type_name()
-            )),
+            Refusal::Range => E::custom(format_args!("{found} is out of range for {}", self.column.type_name())),
             Refusal::Because(reason) => E::custom(reason),
         })
     }
@@ -87,41 +78,24 @@ impl<'de> Visitor<'de> for Slot<'_> {
         let Slot { column, policy } = self;
         match column.values_mut() {
             Values::List(offsets, item) => {
-                while seq
-                    .next_element_seed(Slot {
-                        column: &mut *item,
-                        policy,
-                    })?
-                    .is_some()
-                {}
+                while seq.next_element_seed(Slot { column: &mut *item, policy })?.is_some() {}
                 let end = i32::try_from(item.len());
                 offsets.push(end.map_err(|_| A::Error::custom("the batch holds 2^31 list items"))?);
             }
             Values::FixedSizeList(size, item) => {
                 let start = item.len();
-                while seq
-                    .next_element_seed(Slot {
-                        column: &mut *item,
-                        policy,
-                    })?
-                    .is_some()
-                {
+                while seq.next_element_seed(Slot { column: &mut *item, policy })?.is_some() {
                     if item.len() - start > *size {
                         return Err(A::Error::custom(format_args!("more than {size} items")));
                     }
                 }
                 let found = item.len() - start;
                 if found != *size {
-                    return Err(A::Error::custom(format_args!(
-                        "{found} items instead of {size}"
-                    )));
+                    return Err(A::Error::custom(format_args!("{found} items instead of {size}")));
                 }
             }
             _ => {
-                return Err(A::Error::invalid_type(
-                    Unexpected::Seq,
-                    &Slot { column, policy },
-                ));
+                return Err(A::Error::invalid_type(Unexpected::Seq, &Slot { column, policy }));
             }
         }
         column.complete();
@@ -134,10 +108,7 @@ impl<'de> Visitor<'de> for Slot<'_> {
         match column.values_mut() {
             Values::Struct(fields) => read_fields(fields, row, policy, map)?,
             _ => {
-                return Err(A::Error::invalid_type(
-                    Unexpected::Map,
-                    &Slot { column, policy },
-                ));
+                return Err(A::Error::invalid_type(Unexpected::Map, &Slot { column, policy }));
             }
         }
         column.complete();
@@ -153,11 +124,7 @@ pub(crate) fn read_fields<'de, A: MapAccess<'de>>(
     mut map: A,
 ) -> Result<(), A::Error> {
     let mut likely = 0;
-    while let Some(found) = map.next_key_seed(Key {
-        columns: &*columns,
-        likely,
-        policy,
-    })? {
+    while let Some(found) = map.next_key_seed(Key { columns: &*columns, likely, policy })? {
         let Some(index) = found else {
             map.next_value::<IgnoredAny>()?;
             continue;
@@ -165,31 +132,18 @@ pub(crate) fn read_fields<'de, A: MapAccess<'de>>(
         likely = index + 1;
         let column = &mut columns[index];
         if column.len() > row {
-            return Err(A::Error::custom(format_args!(
-                "field '{}' twice",
-                column.name()
-            )));
+            return Err(A::Error::custom(format_args!("field '{}' twice", column.name())));
         }
-        let slot = Slot {
-            column: &mut *column,
-            policy,
-        };
+        let slot = Slot { column: &mut *column, policy };
         if let Err(error) = map.next_value_seed(slot) {
-            return Err(A::Error::custom(format_args!(
-                "field '{}': {error}",
-                column.name()
-            )));
+            return Err(A::Error::custom(format_args!("field '{}': {error}", column.name())));
         }
     }
     fill_missing(columns, row, policy).map_err(A::Error::custom)
 }
 
 /// Appends nulls to the columns that got no value in this row, if that is allowed.
-pub(crate) fn fill_missing(
-    columns: &mut [Column],
-    row: usize,
-    policy: Policy,
-) -> Result<(), String> {
+pub(crate) fn fill_missing(columns: &mut [Column], row: usize, policy: Policy) -> Result<(), String> {
     for column in columns.iter_mut().filter(|column| column.len() == row) {
         if column.is_required() || policy.missing == Missing::Reject {
             return Err(format!("missing field '{}'", column.name()));
@@ -223,11 +177,7 @@ impl Visitor<'_> for Key<'_> {
     }
 
     fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
-        if self
-            .columns
-            .get(self.likely)
-            .is_some_and(|column| column.name() == name)
-        {
+        if self.columns.get(self.likely).is_some_and(|column| column.name() == name) {
             return Ok(Some(self.likely));
         }
         let found = self.columns.iter().position(|column| column.name() == name);

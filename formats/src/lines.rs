@@ -54,21 +54,14 @@ impl LinesReader {
         batch_rows: usize,
         skip_rows: u64,
     ) -> Result<Self, FormatError> {
-        let file = File::open(path).map_err(|source| FormatError::File {
-            action: "open",
-            path: path.to_owned(),
-            source,
-        })?;
+        let file = File::open(path).map_err(|source| FormatError::File { action: "open", path: path.to_owned(), source })?;
         let (place, parser) = match csv {
             None => ("json_lines", Parser::Json),
             Some(options) => ("csv", Parser::Csv(RecordReader::new(options)?)),
         };
         let mut reader = Self {
             path: path.to_owned(),
-            lines: Lines {
-                input: BufReader::with_capacity(256 << 10, file),
-                ahead: VecDeque::new(),
-            },
+            lines: Lines { input: BufReader::with_capacity(256 << 10, file), ahead: VecDeque::new() },
             parser,
             rows: Rows::new(schema, policy, place)?,
             batch_rows: u64::try_from(batch_rows.max(1)).unwrap_or(u64::MAX),
@@ -97,18 +90,12 @@ impl LinesReader {
             let before = self.rows.len();
             let outcome = match self.pull()? {
                 Pulled::End => break,
-                Pulled::TooLong(length) => Err(format!(
-                    "a line of {length} bytes, over the limit of {MAX_LINE}"
-                )),
+                Pulled::TooLong(length) => Err(format!("a line of {length} bytes, over the limit of {MAX_LINE}")),
                 Pulled::Line => self.parse(),
             };
             if let Err(reason) = outcome {
                 self.rows.truncate(before);
-                rejected.push(RejectedRow {
-                    row: self.next_row,
-                    reason: bounded(reason),
-                    bytes: self.line.clone(),
-                });
+                rejected.push(RejectedRow { row: self.next_row, reason: bounded(reason), bytes: self.line.clone() });
             }
             bytes += self.line.len();
             self.next_row += 1;
@@ -116,12 +103,7 @@ impl LinesReader {
         if self.next_row == first_row {
             return Ok(None);
         }
-        Ok(Some(FileRows {
-            first_row,
-            next_row: self.next_row,
-            batch: self.rows.finish()?,
-            rejected,
-        }))
+        Ok(Some(FileRows { first_row, next_row: self.next_row, batch: self.rows.finish()?, rejected }))
     }
 
     fn read_header(&mut self, policy: Policy) -> Result<(), FormatError> {
@@ -132,9 +114,7 @@ impl LinesReader {
         let taken = match pulled {
             Pulled::End => Ok(()),
             Pulled::TooLong(length) => Err(format!("a header of {length} bytes")),
-            Pulled::Line => {
-                split_line(reader, &self.line).and_then(|()| reader.take_header(&self.rows, policy))
-            }
+            Pulled::Line => split_line(reader, &self.line).and_then(|()| reader.take_header(&self.rows, policy)),
         };
         taken.map_err(|reason| FormatError::Csv(format!("{}: {reason}", self.path.display())))
     }
@@ -147,11 +127,7 @@ impl LinesReader {
             }
             Ok(pulled)
         });
-        pulled.map_err(|source| FormatError::File {
-            action: "read",
-            path: self.path.clone(),
-            source,
-        })
+        pulled.map_err(|source| FormatError::File { action: "read", path: self.path.clone(), source })
     }
 
     fn parse(&mut self) -> Result<(), String> {
@@ -172,8 +148,7 @@ impl LinesReader {
 }
 
 fn split_line(reader: &mut RecordReader, line: &[u8]) -> Result<(), String> {
-    let text = std::str::from_utf8(line)
-        .map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
+    let text = std::str::from_utf8(line).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
     reader.split(text).map(|_| ()).map_err(|flaw| flaw.reason())
 }
 
@@ -224,17 +199,11 @@ impl Lines {
         loop {
             let open = match std::str::from_utf8(line).map(|text| reader.split(text).map(|_| ())) {
                 Ok(Ok(())) => return Ok(()),
-                Ok(Err(Flaw::Unterminated)) => {
-                    joined.len() < MAX_JOINED_LINES && line.len() < MAX_JOINED_BYTES
-                }
+                Ok(Err(Flaw::Unterminated)) => joined.len() < MAX_JOINED_LINES && line.len() < MAX_JOINED_BYTES,
                 Ok(Err(Flaw::Malformed(_))) | Err(_) => false,
             };
             let mut next = Vec::new();
-            let pulled = if open {
-                self.read(&mut next)?
-            } else {
-                Pulled::End
-            };
+            let pulled = if open { self.read(&mut next)? } else { Pulled::End };
             match pulled {
                 Pulled::Line => {
                     line.push(b'\n');

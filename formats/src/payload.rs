@@ -115,10 +115,7 @@ pub struct Limits {
 impl Default for Limits {
     /// 16 MiB and 64 levels.
     fn default() -> Self {
-        Self {
-            max_payload: 16 << 20,
-            depth: 64,
-        }
+        Self { max_payload: 16 << 20, depth: 64 }
     }
 }
 
@@ -169,11 +166,7 @@ mod tests {
 
     #[test]
     fn missing_takes_a_bare_null_and_the_word() {
-        for (text, expected) in [
-            ("null", Missing::Null),
-            ("\"null\"", Missing::Null),
-            ("\"reject\"", Missing::Reject),
-        ] {
+        for (text, expected) in [("null", Missing::Null), ("\"null\"", Missing::Null), ("\"reject\"", Missing::Reject)] {
             assert_eq!(serde_json::from_str::<Missing>(text).unwrap(), expected);
         }
         let error = serde_json::from_str::<Policy>(r#"{"missing":"drop"}"#).unwrap_err();

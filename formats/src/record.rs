@@ -37,11 +37,7 @@ impl Record {
         let mut at = 0;
         loop {
             let quoted = bytes.get(at) == Some(&b'"');
-            at = if quoted {
-                self.quoted_cell(input, at + 1)?
-            } else {
-                self.plain_cell(input, at, delimiter)?
-            };
+            at = if quoted { self.quoted_cell(input, at + 1)? } else { self.plain_cell(input, at, delimiter)? };
             self.ends.push(self.text.len());
             self.quoted.push(quoted);
             match bytes.get(at) {
@@ -95,9 +91,7 @@ impl Record {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         let text = self.text.as_str();
         let cells = starts.zip(&self.ends).zip(&self.quoted);
-        cells.map(move |((start, end), quoted)| {
-            (*quoted || *end > start).then(|| &text[start..*end])
-        })
+        cells.map(move |((start, end), quoted)| (*quoted || *end > start).then(|| &text[start..*end]))
     }
 }
 
@@ -108,26 +102,15 @@ mod tests {
     #[test]
     fn splits_as_rfc_4180_says() {
         let mut record = Record::default();
-        let rest = record
-            .split("a,\"b \"\"c\"\",\nd\",,\"\"\r\nnext", b',')
-            .unwrap();
+        let rest = record.split("a,\"b \"\"c\"\",\nd\",,\"\"\r\nnext", b',').unwrap();
         let cells: Vec<_> = record.cells().collect();
         assert_eq!(cells, [Some("a"), Some("b \"c\",\nd"), None, Some("")]);
         assert_eq!(rest, "next");
         assert_eq!(record.split("é;ü\r\n", b';'), Ok(""));
         assert_eq!(record.cells().collect::<Vec<_>>(), [Some("é"), Some("ü")]);
         assert_eq!(record.split("\"a", b','), Err(Flaw::Unterminated));
-        assert!(matches!(
-            record.split("a\"b", b','),
-            Err(Flaw::Malformed(_))
-        ));
-        assert!(matches!(
-            record.split("\"a\"b", b','),
-            Err(Flaw::Malformed(_))
-        ));
-        assert!(matches!(
-            record.split("a\0b", b','),
-            Err(Flaw::Malformed(_))
-        ));
+        assert!(matches!(record.split("a\"b", b','), Err(Flaw::Malformed(_))));
+        assert!(matches!(record.split("\"a\"b", b','), Err(Flaw::Malformed(_))));
+        assert!(matches!(record.split("a\0b", b','), Err(Flaw::Malformed(_))));
     }
 }

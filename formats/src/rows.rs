@@ -19,11 +19,7 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// No rows yet; `place` names the format if a column's type cannot be read from it.
-    pub(crate) fn new(
-        schema: SchemaRef,
-        policy: Policy,
-        place: &'static str,
-    ) -> Result<Self, FormatError> {
+    pub(crate) fn new(schema: SchemaRef, policy: Policy, place: &'static str) -> Result<Self, FormatError> {
         let column = |field: &FieldRef| {
             Column::new(field).map_err(|data_type| FormatError::UnsupportedType {
                 place,
@@ -31,17 +27,8 @@ impl Rows {
                 data_type,
             })
         };
-        let columns = schema
-            .fields()
-            .iter()
-            .map(column)
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            schema,
-            columns,
-            policy,
-            len: 0,
-        })
+        let columns = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
+        Ok(Self { schema, columns, policy, len: 0 })
     }
 
     pub(crate) fn schema(&self) -> &SchemaRef {
@@ -66,10 +53,7 @@ impl Rows {
 
     /// Appends one row from cells, each with the column it belongs to (`None`: not declared) and its text (`None`: an
     /// empty cell, which is a null).
-    pub(crate) fn push_cells<'a>(
-        &mut self,
-        cells: impl Iterator<Item = (Option<usize>, Option<&'a str>)>,
-    ) -> Result<(), String> {
+    pub(crate) fn push_cells<'a>(&mut self, cells: impl Iterator<Item = (Option<usize>, Option<&'a str>)>) -> Result<(), String> {
         for (number, (place, text)) in cells.enumerate() {
             let Some(column) = place.and_then(|place| self.columns.get_mut(place)) else {
                 if self.policy.unknown == Unknown::Reject {
@@ -78,9 +62,9 @@ impl Rows {
                 continue;
             };
             match text {
-                Some(text) => column
-                    .push_text(text, self.policy)
-                    .map_err(|reason| format!("field '{}': {reason}", column.name()))?,
+                Some(text) => {
+                    column.push_text(text, self.policy).map_err(|reason| format!("field '{}': {reason}", column.name()))?
+                }
                 None if column.is_required() => {
                     return Err(format!("field '{}': empty, but required", column.name()));
                 }
@@ -107,11 +91,7 @@ impl Rows {
         // Every column is finished even if one fails, so that the next batch starts empty.
         let arrays: Vec<_> = self.columns.iter_mut().map(Column::finish).collect();
         let arrays = arrays.into_iter().collect::<Result<_, _>>()?;
-        Ok(RecordBatch::try_new_with_options(
-            self.schema.clone(),
-            arrays,
-            &options,
-        )?)
+        Ok(RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)?)
     }
 
     /// Decodes payloads one by one with `push`, which appends the rows of one or says why not.
@@ -129,18 +109,11 @@ impl Rows {
                 Ok(()) => origin.extend(std::iter::repeat_n(payload, self.len - before)),
                 Err(reason) => {
                     self.truncate(before);
-                    rejected.push(Rejected {
-                        payload,
-                        reason: bounded(reason),
-                    });
+                    rejected.push(Rejected { payload, reason: bounded(reason) });
                 }
             }
         }
-        Ok(Decoded {
-            batch: self.finish()?,
-            origin,
-            rejected,
-        })
+        Ok(Decoded { batch: self.finish()?, origin, rejected })
     }
 }
 
@@ -149,11 +122,9 @@ pub(crate) fn check_payload(payload: Option<&[u8]>, limits: Limits) -> Result<&[
     match payload {
         None => Err("no payload (null)".to_owned()),
         Some([]) => Err("empty payload".to_owned()),
-        Some(bytes) if bytes.len() > limits.max_payload => Err(format!(
-            "payload of {} bytes is over the limit of {}",
-            bytes.len(),
-            limits.max_payload
-        )),
+        Some(bytes) if bytes.len() > limits.max_payload => {
+            Err(format!("payload of {} bytes is over the limit of {}", bytes.len(), limits.max_payload))
+        }
         Some(bytes) => Ok(bytes),
     }
 }

@@ -89,10 +89,7 @@ pub(crate) static SCALARS: [(&str, Scalar); 18] = [
 impl Scalar {
     /// The name as written in a schema.
     pub fn name(self) -> &'static str {
-        SCALARS
-            .iter()
-            .find(|(_, scalar)| *scalar == self)
-            .map_or("unknown", |(name, _)| *name)
+        SCALARS.iter().find(|(_, scalar)| *scalar == self).map_or("unknown", |(name, _)| *name)
     }
 
     fn to_arrow(self) -> DataType {
@@ -145,13 +142,7 @@ impl Declaration {
             })?;
             Ok((field.name().clone(), of))
         };
-        Ok(Self(
-            schema
-                .fields()
-                .iter()
-                .map(column)
-                .collect::<Result<_, FormatError>>()?,
-        ))
+        Ok(Self(schema.fields().iter().map(column).collect::<Result<_, FormatError>>()?))
     }
 }
 
@@ -163,10 +154,7 @@ impl FieldType {
 
     /// A value that may be null.
     pub fn nullable(kind: Kind) -> Self {
-        Self {
-            kind,
-            required: false,
-        }
+        Self { kind, required: false }
     }
 
     /// The Arrow type of the values.
@@ -174,9 +162,7 @@ impl FieldType {
         match &self.kind {
             Kind::Scalar(scalar) => scalar.to_arrow(),
             Kind::List(item) => DataType::List(Arc::new(item.to_field("item"))),
-            Kind::FixedSizeList { item, size } => {
-                DataType::FixedSizeList(Arc::new(item.to_field("item")), i32::from(*size))
-            }
+            Kind::FixedSizeList { item, size } => DataType::FixedSizeList(Arc::new(item.to_field("item")), i32::from(*size)),
             Kind::Struct(fields) => DataType::Struct(fields.fields().into()),
         }
     }
@@ -186,10 +172,7 @@ impl FieldType {
     }
 
     fn from_field(field: &Field) -> Option<Self> {
-        Some(Self {
-            kind: Kind::from_arrow(field.data_type())?,
-            required: !field.is_nullable(),
-        })
+        Some(Self { kind: Kind::from_arrow(field.data_type())?, required: !field.is_nullable() })
     }
 }
 
@@ -212,13 +195,8 @@ impl Kind {
             | DataType::Decimal64(..)
             | DataType::Decimal128(..)
             | DataType::Decimal256(..) => Scalar::Float64,
-            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View | DataType::Null => {
-                Scalar::Utf8
-            }
-            DataType::Binary
-            | DataType::LargeBinary
-            | DataType::BinaryView
-            | DataType::FixedSizeBinary(_) => Scalar::Binary,
+            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View | DataType::Null => Scalar::Utf8,
+            DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::FixedSizeBinary(_) => Scalar::Binary,
             DataType::Date32 | DataType::Date64 => Scalar::Date,
             DataType::Timestamp(unit, _) => match unit {
                 TimeUnit::Second => Scalar::TimestampS,
@@ -237,12 +215,8 @@ impl Kind {
                 });
             }
             DataType::Struct(fields) if !fields.is_empty() => {
-                let field = |field: &Arc<Field>| {
-                    Some((field.name().clone(), FieldType::from_field(field)?))
-                };
-                return Some(Kind::Struct(Declaration(
-                    fields.iter().map(field).collect::<Option<_>>()?,
-                )));
+                let field = |field: &Arc<Field>| Some((field.name().clone(), FieldType::from_field(field)?));
+                return Some(Kind::Struct(Declaration(fields.iter().map(field).collect::<Option<_>>()?)));
             }
             _ => return None,
         };
@@ -282,28 +256,19 @@ mod tests {
         let item = Field::new("item", DataType::Utf8, false);
         assert_eq!(schema.field(4).data_type(), &DataType::List(item.into()));
         let item = Field::new("item", DataType::Float32, true);
-        assert_eq!(
-            schema.field(6).data_type(),
-            &DataType::FixedSizeList(item.into(), 6)
-        );
+        assert_eq!(schema.field(6).data_type(), &DataType::FixedSizeList(item.into(), 6));
     }
 
     #[test]
     fn arrow_and_text_lead_back() {
         let declared = read(EVERYTHING).unwrap();
-        assert_eq!(
-            Declaration::from_arrow(&declared.to_arrow()).unwrap(),
-            declared
-        );
+        assert_eq!(Declaration::from_arrow(&declared.to_arrow()).unwrap(), declared);
         let text = serde_json::to_string(&declared).unwrap();
         assert_eq!(read(&text).unwrap(), declared);
         for (name, scalar) in SCALARS {
             let declared = read(&format!("{{\"x\":\"{name}\"}}")).unwrap();
             assert_eq!(declared.0[0].1, FieldType::scalar(scalar));
-            assert_eq!(
-                Declaration::from_arrow(&declared.to_arrow()).unwrap(),
-                declared
-            );
+            assert_eq!(Declaration::from_arrow(&declared.to_arrow()).unwrap(), declared);
         }
     }
 
@@ -316,25 +281,16 @@ mod tests {
              vec: { fixed_size_list: { item: float32, size: 6 } } }"
         );
         let odd = read(r#"{"no":"utf8","a b":"utf8","é\"":"utf8"}"#).unwrap();
-        assert_eq!(
-            odd.to_string(),
-            r#"{ "no": utf8, "a b": utf8, "é\"": utf8 }"#
-        );
+        assert_eq!(odd.to_string(), r#"{ "no": utf8, "a b": utf8, "é\"": utf8 }"#);
     }
 
     #[test]
     fn names_the_type_that_was_meant() {
-        for (wrong, right) in [
-            ("flaot32", "float32"),
-            ("string", "utf8"),
-            ("timestamp_mss", "timestamp_ms"),
-            ("Double", "float64"),
-        ] {
+        for (wrong, right) in
+            [("flaot32", "float32"), ("string", "utf8"), ("timestamp_mss", "timestamp_ms"), ("Double", "float64")]
+        {
             let error = read(&format!("{{\"x\":\"{wrong}\"}}")).unwrap_err();
-            assert!(
-                error.contains(&format!("did you mean '{right}'?")),
-                "{error}"
-            );
+            assert!(error.contains(&format!("did you mean '{right}'?")), "{error}");
         }
         let error = read(r#"{"x":"quaternion"}"#).unwrap_err();
         assert!(error.contains("known types are boolean") && !error.contains("did you mean"));
@@ -348,14 +304,8 @@ mod tests {
             (r#"{"":"utf8"}"#, "empty name"),
             (r#"{"a":{"lst":"utf8"}}"#, "unknown field `lst`"),
             (r#"{"a":{"required":true}}"#, "needs one of"),
-            (
-                r#"{"a":{"list":"utf8","struct":{"b":"utf8"}}}"#,
-                "not several",
-            ),
-            (
-                r#"{"a":{"fixed_size_list":{"item":"utf8","size":0}}}"#,
-                "at least 1",
-            ),
+            (r#"{"a":{"list":"utf8","struct":{"b":"utf8"}}}"#, "not several"),
+            (r#"{"a":{"fixed_size_list":{"item":"utf8","size":0}}}"#, "at least 1"),
             (r#"{"a":{"struct":{}}}"#, "at least one column"),
             (r#"{"a":3}"#, "a type: a name"),
             ("[]", "a map from column names"),
@@ -376,9 +326,6 @@ mod tests {
     fn json_schema_recurses_by_reference() {
         let schema = schemars::schema_for!(Declaration);
         let text = serde_json::to_string(&schema).unwrap();
-        assert!(
-            text.contains("#/$defs/FieldType") && text.contains("timestamp_ms!"),
-            "{text}"
-        );
+        assert!(text.contains("#/$defs/FieldType") && text.contains("timestamp_ms!"), "{text}");
     }
 }

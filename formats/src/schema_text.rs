@@ -39,10 +39,7 @@ fn parse_scalar(text: &str) -> Result<FieldType, String> {
         None => (text, false),
     };
     if let Some((_, scalar)) = SCALARS.iter().find(|(known, _)| *known == name) {
-        return Ok(FieldType {
-            kind: Kind::Scalar(*scalar),
-            required,
-        });
+        return Ok(FieldType { kind: Kind::Scalar(*scalar), required });
     }
     let hint = match nearest_type(name) {
         Some(near) => format!("did you mean '{near}'? "),
@@ -63,8 +60,7 @@ fn nearest_type(name: &str) -> Option<&'static str> {
     }
     let distance = |known: &str| strsim::osa_distance(&lower, known);
     let near = SCALARS.iter().map(|(known, _)| *known);
-    near.min_by_key(|known| distance(known))
-        .filter(|known| distance(known) <= 2)
+    near.min_by_key(|known| distance(known)).filter(|known| distance(known) <= 2)
 }
 
 impl<'de> Deserialize<'de> for Declaration {
@@ -74,9 +70,7 @@ impl<'de> Deserialize<'de> for Declaration {
             type Value = Declaration;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(
-                    "a map from column names to types, e.g. { ts: timestamp_ms, ax: float32 }",
-                )
+                f.write_str("a map from column names to types, e.g. { ts: timestamp_ms, ax: float32 }")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Declaration, A::Error> {
@@ -86,9 +80,7 @@ impl<'de> Deserialize<'de> for Declaration {
                         return Err(de::Error::custom("a column has an empty name"));
                     }
                     if columns.iter().any(|(known, _)| *known == name) {
-                        return Err(de::Error::custom(format_args!(
-                            "column '{name}' is declared twice"
-                        )));
+                        return Err(de::Error::custom(format_args!("column '{name}' is declared twice")));
                     }
                     columns.push((name, map.next_value()?));
                 }
@@ -128,14 +120,9 @@ impl<'de> Deserialize<'de> for FieldType {
                         "fixed_size_list" => {
                             let FixedSize { item, size } = map.next_value()?;
                             if size == 0 {
-                                return Err(de::Error::custom(
-                                    "a fixed_size_list needs a size of at least 1",
-                                ));
+                                return Err(de::Error::custom("a fixed_size_list needs a size of at least 1"));
                             }
-                            Kind::FixedSizeList {
-                                item: Box::new(item),
-                                size,
-                            }
+                            Kind::FixedSizeList { item: Box::new(item), size }
                         }
                         "struct" => Kind::Struct(map.next_value()?),
                         "required" => {
@@ -145,15 +132,11 @@ impl<'de> Deserialize<'de> for FieldType {
                         _ => return Err(de::Error::unknown_field(&key, &NESTED_KEYS)),
                     };
                     if kind.replace(read).is_some() {
-                        return Err(de::Error::custom(
-                            "a type is one of list, fixed_size_list and struct, not several",
-                        ));
+                        return Err(de::Error::custom("a type is one of list, fixed_size_list and struct, not several"));
                     }
                 }
                 let Some(kind) = kind else {
-                    return Err(de::Error::custom(
-                        "a nested type needs one of list, fixed_size_list and struct",
-                    ));
+                    return Err(de::Error::custom("a nested type needs one of list, fixed_size_list and struct"));
                 };
                 Ok(FieldType { kind, required })
             }
@@ -195,12 +178,7 @@ impl Serialize for FieldType {
     }
 }
 
-fn nested<S: Serializer, T: Serialize>(
-    serializer: S,
-    key: &'static str,
-    value: &T,
-    required: bool,
-) -> Result<S::Ok, S::Error> {
+fn nested<S: Serializer, T: Serialize>(serializer: S, key: &'static str, value: &T, required: bool) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(None)?;
     map.serialize_entry(key, value)?;
     if required {
@@ -223,26 +201,14 @@ impl fmt::Display for Declaration {
 
 impl fmt::Display for FieldType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let required = if self.required {
-            ", required: true"
-        } else {
-            ""
-        };
+        let required = if self.required { ", required: true" } else { "" };
         match &self.kind {
             Kind::Scalar(scalar) => {
-                write!(
-                    f,
-                    "{}{}",
-                    scalar.name(),
-                    if self.required { "!" } else { "" }
-                )
+                write!(f, "{}{}", scalar.name(), if self.required { "!" } else { "" })
             }
             Kind::List(item) => write!(f, "{{ list: {item}{required} }}"),
             Kind::FixedSizeList { item, size } => {
-                write!(
-                    f,
-                    "{{ fixed_size_list: {{ item: {item}, size: {size} }}{required} }}"
-                )
+                write!(f, "{{ fixed_size_list: {{ item: {item}, size: {size} }}{required} }}")
             }
             Kind::Struct(fields) => write!(f, "{{ struct: {fields}{required} }}"),
         }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::config::ConfigMismatch;
 use crate::discovery::Search;
@@ -101,6 +101,9 @@ pub enum LoadError {
         /// The contradiction.
         mismatch: ConfigMismatch,
     },
+    /// There is no backend to load it with.
+    #[error("{0}")]
+    Runtime(String),
 }
 
 /// Why no backend could be chosen.
@@ -126,10 +129,7 @@ pub enum RuntimeError {
         reason: String,
     },
     /// `AFFERENT_MODEL_BACKEND` asks for ONNX Runtime and there is none.
-    #[error(
-        "AFFERENT_MODEL_BACKEND asks for onnxruntime, but it is not in {places}{failures}; {}",
-        INSTALL
-    )]
+    #[error("AFFERENT_MODEL_BACKEND asks for onnxruntime, but it is not in {places}{failures}; {}", INSTALL)]
     NotFound {
         /// Where it was looked for.
         places: String,
@@ -147,8 +147,7 @@ pub enum RuntimeError {
 }
 
 /// How one gets ONNX Runtime.
-const INSTALL: &str =
-    "get it with `pip install onnxruntime`, or set ORT_DYLIB_PATH to libonnxruntime";
+const INSTALL: &str = "get it with `pip install onnxruntime`, or set ORT_DYLIB_PATH to libonnxruntime";
 
 /// The backend that loads models. Cheap to clone; make one and pass it on, because ONNX Runtime can be
 /// started only once in a process.
@@ -179,10 +178,7 @@ impl Runtime {
 
     /// The pure-Rust backend, whatever is installed.
     pub fn tract() -> Runtime {
-        Runtime {
-            engine: Engine::Tract,
-            notice: None,
-        }
+        Runtime { engine: Engine::Tract, notice: None }
     }
 
     fn from_search(search: &Search) -> Result<Runtime, RuntimeError> {
@@ -191,22 +187,14 @@ impl Runtime {
             Some("onnxruntime") => true,
             None => false,
             Some(value) => {
-                return Err(RuntimeError::UnknownBackend {
-                    value: value.into(),
-                });
+                return Err(RuntimeError::UnknownBackend { value: value.into() });
             }
         };
         if let Some(path) = &search.library {
             return match Library::open(path) {
                 Ok(library) => Ok(Runtime::with_library(library)),
-                Err(OpenError::Load(reason)) => Err(RuntimeError::Library {
-                    path: path.clone(),
-                    reason,
-                }),
-                Err(OpenError::Start(reason)) => Err(RuntimeError::Start {
-                    path: path.clone(),
-                    reason,
-                }),
+                Err(OpenError::Load(reason)) => Err(RuntimeError::Library { path: path.clone(), reason }),
+                Err(OpenError::Start(reason)) => Err(RuntimeError::Start { path: path.clone(), reason }),
             };
         }
         let mut failures = String::new();
@@ -239,10 +227,7 @@ impl Runtime {
 
     fn with_library(library: Library) -> Runtime {
         tracing::info!(library = %library.path().display(), "models run on ONNX Runtime");
-        Runtime {
-            engine: Engine::OnnxRuntime(library),
-            notice: None,
-        }
+        Runtime { engine: Engine::OnnxRuntime(library), notice: None }
     }
 
     /// The backend that models are loaded with: `onnxruntime` or `tract`.
@@ -269,11 +254,10 @@ impl Runtime {
     /// Loads a model and checks its `config.pbtxt` against it.
     pub fn load(&self, file: &ModelFile) -> Result<Arc<dyn Model>, LoadError> {
         let loaded: Result<Arc<dyn Model>, String> = match &self.engine {
-            Engine::OnnxRuntime(library) => OnnxRuntimeModel::load(library, &file.bytes)
-                .map(|model| Arc::new(model) as Arc<dyn Model>),
-            Engine::Tract => {
-                TractModel::load(&file.bytes).map(|model| Arc::new(model) as Arc<dyn Model>)
+            Engine::OnnxRuntime(library) => {
+                OnnxRuntimeModel::load(library, &file.bytes).map(|model| Arc::new(model) as Arc<dyn Model>)
             }
+            Engine::Tract => TractModel::load(&file.bytes).map(|model| Arc::new(model) as Arc<dyn Model>),
         };
         let model = loaded.map_err(|message| LoadError::Backend {
             model: file.name.clone(),
@@ -281,40 +265,25 @@ impl Runtime {
             backend: self.backend(),
             message,
         })?;
-        file.config
-            .check(model.signature())
-            .map_err(|mismatch| LoadError::Config {
-                model: file.name.clone(),
-                version: file.version,
-                mismatch,
-            })?;
+        file.config.check(model.signature()).map_err(|mismatch| LoadError::Config {
+            model: file.name.clone(),
+            version: file.version,
+            mismatch,
+        })?;
         Ok(model)
     }
 }
 
 impl fmt::Debug for Runtime {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("Runtime")
-            .field("backend", &self.backend())
-            .field("library", &self.library())
-            .finish()
+        formatter.debug_struct("Runtime").field("backend", &self.backend()).field("library", &self.library()).finish()
     }
 }
 
 /// The tensors in the order of the signature's inputs, each of the declared type and shape.
-pub(crate) fn bind<'a>(
-    signature: &Signature,
-    inputs: &'a [(&str, Tensor)],
-) -> Result<Vec<&'a Tensor>, InferenceError> {
-    if let Some((input, _)) = inputs
-        .iter()
-        .find(|(name, _)| signature.input(name).is_none())
-    {
-        return Err(InferenceError::UnknownInput {
-            input: (*input).into(),
-            signature: signature.to_string(),
-        });
+pub(crate) fn bind<'a>(signature: &Signature, inputs: &'a [(&str, Tensor)]) -> Result<Vec<&'a Tensor>, InferenceError> {
+    if let Some((input, _)) = inputs.iter().find(|(name, _)| signature.input(name).is_none()) {
+        return Err(InferenceError::UnknownInput { input: (*input).into(), signature: signature.to_string() });
     }
     signature
         .inputs
@@ -322,24 +291,51 @@ pub(crate) fn bind<'a>(
         .map(|spec| {
             let mut given = inputs.iter().filter(|(name, _)| *name == spec.name);
             let Some((_, tensor)) = given.next() else {
-                return Err(InferenceError::MissingInput {
-                    input: spec.to_string(),
-                });
+                return Err(InferenceError::MissingInput { input: spec.to_string() });
             };
             if given.next().is_some() {
-                return Err(InferenceError::RepeatedInput {
-                    input: spec.name.clone(),
-                });
+                return Err(InferenceError::RepeatedInput { input: spec.name.clone() });
             }
             if !spec.accepts(tensor) {
-                return Err(InferenceError::InputMismatch {
-                    input: spec.to_string(),
-                    given: tensor.to_string(),
-                });
+                return Err(InferenceError::InputMismatch { input: spec.to_string(), given: tensor.to_string() });
             }
             Ok(tensor)
         })
         .collect()
+}
+
+/// A runtime that is looked for at first use: most pipelines need none, and looking may ask Python. One in a process,
+/// since ONNX Runtime allows one environment only.
+pub struct LazyRuntime {
+    data_dir: PathBuf,
+    found: OnceLock<Result<Runtime, String>>,
+}
+
+impl LazyRuntime {
+    /// Will be looked for as [`Runtime::discover`] does.
+    pub fn discovering(data_dir: &Path) -> Arc<Self> {
+        Arc::new(Self { data_dir: data_dir.to_owned(), found: OnceLock::new() })
+    }
+
+    /// This one.
+    pub fn ready(runtime: Runtime) -> Arc<Self> {
+        Arc::new(Self { data_dir: PathBuf::new(), found: OnceLock::from(Ok(runtime)) })
+    }
+
+    /// The runtime. Says once in the log when it is the fallback, and how to get the faster one.
+    ///
+    /// # Errors
+    /// As [`Runtime::discover`], each time.
+    pub fn get(&self) -> Result<&Runtime, LoadError> {
+        let found = self.found.get_or_init(|| {
+            let runtime = Runtime::discover(&self.data_dir).map_err(|error| error.to_string())?;
+            if let Some(notice) = runtime.notice() {
+                tracing::warn!("{notice}");
+            }
+            Ok(runtime)
+        });
+        found.as_ref().map_err(|told| LoadError::Runtime(told.clone()))
+    }
 }
 
 #[cfg(test)]
@@ -354,15 +350,8 @@ mod tests {
     use crate::tensor::DataType;
 
     fn signature() -> Signature {
-        let spec = |name: &str| TensorSpec {
-            name: name.into(),
-            data_type: DataType::Fp32,
-            shape: vec![Dim::Any, Dim::Fixed(2)],
-        };
-        Signature {
-            inputs: vec![spec("a"), spec("b")],
-            outputs: vec![],
-        }
+        let spec = |name: &str| TensorSpec { name: name.into(), data_type: DataType::Fp32, shape: vec![Dim::Any, Dim::Fixed(2)] };
+        Signature { inputs: vec![spec("a"), spec("b")], outputs: vec![] }
     }
 
     fn rows(rows: usize) -> Tensor {
@@ -383,28 +372,16 @@ mod tests {
             error(&[("a", rows(1)), ("c", rows(1))]),
             "the model has no input `c`; its signature is (a: FP32[?,2], b: FP32[?,2]) -> ()"
         );
-        assert_eq!(
-            error(&[("a", rows(1))]),
-            "the input b: FP32[?,2] was not given"
-        );
-        assert_eq!(
-            error(&[("a", rows(1)), ("b", rows(1)), ("a", rows(1))]),
-            "the input `a` was given more than once"
-        );
+        assert_eq!(error(&[("a", rows(1))]), "the input b: FP32[?,2] was not given");
+        assert_eq!(error(&[("a", rows(1)), ("b", rows(1)), ("a", rows(1))]), "the input `a` was given more than once");
         let long = Tensor::from_vec(vec![1, 3], vec![0.0_f32; 3]).unwrap();
-        assert_eq!(
-            error(&[("a", long), ("b", rows(1))]),
-            "the model takes a: FP32[?,2], but was given FP32[1,3]"
-        );
+        assert_eq!(error(&[("a", long), ("b", rows(1))]), "the model takes a: FP32[?,2], but was given FP32[1,3]");
     }
 
     #[test]
     fn without_a_library_tract_runs_and_says_so() {
         let data_dir = TempDir::new().unwrap();
-        let search = Search {
-            data_dir: data_dir.path().into(),
-            ..Search::default()
-        };
+        let search = Search { data_dir: data_dir.path().into(), ..Search::default() };
         let runtime = Runtime::from_search(&search).unwrap();
         assert_eq!((runtime.backend(), runtime.library()), ("tract", None));
         let notice = runtime.notice().unwrap();
@@ -418,43 +395,25 @@ mod tests {
         let data_dir = TempDir::new().unwrap();
         let lib = data_dir.path().join("lib");
         fs::create_dir(&lib).unwrap();
-        let name = format!(
-            "{}onnxruntime{}",
-            std::env::consts::DLL_PREFIX,
-            std::env::consts::DLL_SUFFIX
-        );
+        let name = format!("{}onnxruntime{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
         let broken = lib.join(name);
         fs::write(&broken, b"not a library").unwrap();
-        let search = Search {
-            data_dir: data_dir.path().into(),
-            ..Search::default()
-        };
+        let search = Search { data_dir: data_dir.path().into(), ..Search::default() };
         let runtime = Runtime::from_search(&search).unwrap();
         let notice = runtime.notice().unwrap();
         assert!(notice.contains(broken.to_str().unwrap()), "{notice}");
-        let required = Search {
-            backend: Some("onnxruntime".into()),
-            ..search
-        };
+        let required = Search { backend: Some("onnxruntime".into()), ..search };
         let error = Runtime::from_search(&required).unwrap_err();
         assert!(matches!(error, RuntimeError::NotFound { .. }), "{error}");
     }
 
     #[test]
     fn a_broken_explicit_path_is_an_error() {
-        let search = Search {
-            library: Some("/no/such/libonnxruntime.so".into()),
-            ..Search::default()
-        };
+        let search = Search { library: Some("/no/such/libonnxruntime.so".into()), ..Search::default() };
         let error = Runtime::from_search(&search).unwrap_err();
         assert!(matches!(error, RuntimeError::Library { .. }));
         let text = error.to_string();
-        assert!(
-            text.starts_with(
-                "loading ONNX Runtime from ORT_DYLIB_PATH=`/no/such/libonnxruntime.so`: "
-            ),
-            "{text}"
-        );
+        assert!(text.starts_with("loading ONNX Runtime from ORT_DYLIB_PATH=`/no/such/libonnxruntime.so`: "), "{text}");
     }
 
     #[test]
@@ -475,10 +434,7 @@ mod tests {
     }
 
     fn example(folder: &str, name: &str) -> (ModelFile, Arc<dyn Model>) {
-        let models = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../examples")
-            .join(folder)
-            .join("models");
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(folder).join("models");
         let file = Repository::new(vec![models]).load(name, None).unwrap();
         let model = Runtime::tract().load(&file).unwrap();
         (file, model)
@@ -487,17 +443,8 @@ mod tests {
     #[test]
     fn tract_scores_the_shuttle_example_row_by_row_and_at_once_alike() {
         let (_, model) = example("shuttle-anomaly", "shuttle");
-        assert_eq!(
-            model.signature().to_string(),
-            "(readings: FP32[?,9]) -> (score: FP32[?])"
-        );
-        let rows: Vec<Vec<f32>> = (0..3_u8)
-            .map(|row| {
-                (0..9_u8)
-                    .map(|column| f32::from(row * 20 + column))
-                    .collect()
-            })
-            .collect();
+        assert_eq!(model.signature().to_string(), "(readings: FP32[?,9]) -> (score: FP32[?])");
+        let rows: Vec<Vec<f32>> = (0..3_u8).map(|row| (0..9_u8).map(|column| f32::from(row * 20 + column)).collect()).collect();
         let scores = |rows: &[Vec<f32>]| {
             let readings = Tensor::from_vec(vec![rows.len(), 9], rows.concat()).unwrap();
             let outputs = model.run(&[("readings", readings)]).unwrap();
@@ -508,10 +455,7 @@ mod tests {
         assert!(at_once[0] != at_once[1], "{at_once:?}");
         for (row, score) in rows.iter().zip(&at_once) {
             let alone = scores(std::slice::from_ref(row));
-            assert!(
-                (alone[0] - score).abs() <= 1e-5 * score.abs(),
-                "{alone:?} {score}"
-            );
+            assert!((alone[0] - score).abs() <= 1e-5 * score.abs(), "{alone:?} {score}");
         }
     }
 

@@ -36,11 +36,7 @@ impl VersionPolicy {
                 let count = usize::try_from(*count).unwrap_or(usize::MAX);
                 present.iter().rev().take(count).copied().collect()
             }
-            VersionPolicy::Specific(wanted) => wanted
-                .iter()
-                .filter(|version| present.contains(*version))
-                .copied()
-                .collect(),
+            VersionPolicy::Specific(wanted) => wanted.iter().filter(|version| present.contains(*version)).copied().collect(),
         }
     }
 }
@@ -107,9 +103,7 @@ pub enum ConfigMismatch {
         actual: String,
     },
     /// The shapes differ.
-    #[error(
-        "config.pbtxt declares the {side} `{name}` with the shape {declared}{batch}, but the model has {actual}"
-    )]
+    #[error("config.pbtxt declares the {side} `{name}` with the shape {declared}{batch}, but the model has {actual}")]
     Shape {
         /// `input` or `output`.
         side: &'static str,
@@ -150,31 +144,17 @@ impl ModelConfig {
         self.check_side("output", &self.outputs, &signature.outputs)
     }
 
-    fn check_side(
-        &self,
-        side: &'static str,
-        declared: &[TensorConfig],
-        actual: &[TensorSpec],
-    ) -> Result<(), ConfigMismatch> {
+    fn check_side(&self, side: &'static str, declared: &[TensorConfig], actual: &[TensorSpec]) -> Result<(), ConfigMismatch> {
         for tensor in declared {
             let name = tensor.name.clone();
             let Some(spec) = actual.iter().find(|spec| spec.name == tensor.name) else {
                 let available = listed(actual);
-                return Err(ConfigMismatch::Unknown {
-                    side,
-                    name,
-                    available,
-                });
+                return Err(ConfigMismatch::Unknown { side, name, available });
             };
             if let Some(declared) = tensor.data_type
                 && declared != spec.data_type
             {
-                return Err(ConfigMismatch::DataType {
-                    side,
-                    name,
-                    declared,
-                    actual: spec.to_string(),
-                });
+                return Err(ConfigMismatch::DataType { side, name, declared, actual: spec.to_string() });
             }
             if let Some(shape) = self.full_shape(tensor)
                 && !agree(&shape, &spec.shape)
@@ -183,11 +163,7 @@ impl ModelConfig {
                     side,
                     name,
                     declared: bracketed(&shape),
-                    batch: if self.max_batch_size > 0 {
-                        " (the first axis for max_batch_size)"
-                    } else {
-                        ""
-                    },
+                    batch: if self.max_batch_size > 0 { " (the first axis for max_batch_size)" } else { "" },
                     actual: spec.to_string(),
                 });
             }
@@ -219,9 +195,7 @@ fn text_of(message: &Message, name: &str) -> Result<Option<String>, ConfigError>
     };
     match &field.value {
         Value::Text(text) => Ok(Some(text.clone()).filter(|text| !text.is_empty())),
-        _ => Err(field
-            .position
-            .error(format!("`{name}` must be a quoted text"))),
+        _ => Err(field.position.error(format!("`{name}` must be a quoted text"))),
     }
 }
 
@@ -229,43 +203,28 @@ fn text_of(message: &Message, name: &str) -> Result<Option<String>, ConfigError>
 fn word(field: &Field) -> Result<&str, ConfigError> {
     match &field.value {
         Value::Word(word) => Ok(word),
-        Value::Text(text) => Err(field.position.error(format!(
-            "`{}` must not be quoted, found `{text}`",
-            field.name
-        ))),
-        Value::Message(_) => Err(field
-            .position
-            .error(format!("`{}` must be a single value", field.name))),
+        Value::Text(text) => Err(field.position.error(format!("`{}` must not be quoted, found `{text}`", field.name))),
+        Value::Message(_) => Err(field.position.error(format!("`{}` must be a single value", field.name))),
     }
 }
 
 fn nested(field: &Field) -> Result<&Message, ConfigError> {
     match &field.value {
         Value::Message(message) => Ok(message),
-        _ => Err(field
-            .position
-            .error(format!("`{}` must be a message in `{{ }}`", field.name))),
+        _ => Err(field.position.error(format!("`{}` must be a message in `{{ }}`", field.name))),
     }
 }
 
 fn unsigned(field: &Field) -> Result<u64, ConfigError> {
     let word = word(field)?;
-    word.parse().map_err(|_| {
-        field.position.error(format!(
-            "`{}` must be a whole number from 0 up, found `{word}`",
-            field.name
-        ))
-    })
+    word.parse().map_err(|_| field.position.error(format!("`{}` must be a whole number from 0 up, found `{word}`", field.name)))
 }
 
 fn dim(field: &Field) -> Result<Dim, ConfigError> {
     match word(field)? {
         "-1" => Ok(Dim::Any),
         extent => extent.parse().map(Dim::Fixed).map_err(|_| {
-            field.position.error(format!(
-                "`{}` must be a whole number, or -1 for any, found `{extent}`",
-                field.name
-            ))
+            field.position.error(format!("`{}` must be a whole number, or -1 for any, found `{extent}`", field.name))
         }),
     }
 }
@@ -304,20 +263,14 @@ fn data_type(field: &Field) -> Result<DataType, ConfigError> {
     if word == "TYPE_STRING" {
         return Ok(DataType::Bytes);
     }
-    word.strip_prefix("TYPE_")
-        .and_then(DataType::from_name)
-        .filter(|&data_type| data_type != DataType::Bytes)
-        .ok_or_else(|| {
-            let known: Vec<String> = DataType::ALL
-                .into_iter()
-                .filter(|&data_type| data_type != DataType::Bytes)
-                .map(|data_type| format!("TYPE_{data_type}"))
-                .collect();
-            field.position.error(format!(
-                "the data type `{word}` is not supported; these are: {}, TYPE_STRING",
-                known.join(", ")
-            ))
-        })
+    word.strip_prefix("TYPE_").and_then(DataType::from_name).filter(|&data_type| data_type != DataType::Bytes).ok_or_else(|| {
+        let known: Vec<String> = DataType::ALL
+            .into_iter()
+            .filter(|&data_type| data_type != DataType::Bytes)
+            .map(|data_type| format!("TYPE_{data_type}"))
+            .collect();
+        field.position.error(format!("the data type `{word}` is not supported; these are: {}, TYPE_STRING", known.join(", ")))
+    })
 }
 
 fn version_policy(message: &Message) -> Result<VersionPolicy, ConfigError> {
@@ -339,18 +292,13 @@ fn version_policy(message: &Message) -> Result<VersionPolicy, ConfigError> {
         return Ok(VersionPolicy::All);
     }
     if let Some(specific) = policy.last("specific") {
-        let versions: Vec<u64> = nested(specific)?
-            .all("versions")
-            .map(unsigned)
-            .collect::<Result<_, _>>()?;
+        let versions: Vec<u64> = nested(specific)?.all("versions").map(unsigned).collect::<Result<_, _>>()?;
         if versions.is_empty() {
             return Err(specific.position.error("`specific` names no `versions`"));
         }
         return Ok(VersionPolicy::Specific(versions));
     }
-    Err(field
-        .position
-        .error("`version_policy` must be one of `latest`, `all`, `specific`"))
+    Err(field.position.error("`version_policy` must be one of `latest`, `all`, `specific`"))
 }
 
 #[cfg(test)]
@@ -369,20 +317,12 @@ mod tests {
     "#;
 
     fn spec(name: &str, data_type: DataType, shape: Vec<Dim>) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            data_type,
-            shape,
-        }
+        TensorSpec { name: name.into(), data_type, shape }
     }
 
     fn anomaly() -> Signature {
         Signature {
-            inputs: vec![spec(
-                "x",
-                DataType::Fp32,
-                vec![Dim::Any, Dim::Fixed(100), Dim::Fixed(6)],
-            )],
+            inputs: vec![spec("x", DataType::Fp32, vec![Dim::Any, Dim::Fixed(100), Dim::Fixed(6)])],
             outputs: vec![spec("y", DataType::Fp32, vec![Dim::Any, Dim::Fixed(2)])],
         }
     }
@@ -401,10 +341,7 @@ mod tests {
                 ..TensorConfig::default()
             }]
         );
-        assert_eq!(
-            config.outputs[0].label_filename.as_deref(),
-            Some("labels.txt")
-        );
+        assert_eq!(config.outputs[0].label_filename.as_deref(), Some("labels.txt"));
         assert_eq!(config.version_policy, VersionPolicy::Specific(vec![1, 3]));
         config.check(&anomaly()).unwrap();
     }
@@ -422,10 +359,7 @@ mod tests {
             let config = ModelConfig::parse(text).unwrap();
             config.check(&anomaly()).unwrap_err().to_string()
         };
-        assert_eq!(
-            error("input { name: \"z\" }"),
-            "config.pbtxt declares the input `z`, but the model has x: FP32[?,100,6]"
-        );
+        assert_eq!(error("input { name: \"z\" }"), "config.pbtxt declares the input `z`, but the model has x: FP32[?,100,6]");
         assert_eq!(
             error("output { name: \"y\" data_type: TYPE_INT64 }"),
             "config.pbtxt declares the output `y` as INT64, but the model has y: FP32[?,2]"
@@ -443,10 +377,8 @@ mod tests {
 
     #[test]
     fn a_reshape_is_what_the_model_sees() {
-        let config = ModelConfig::parse(
-            "max_batch_size: 1 output { name: \"y\" dims: [ 1, 2 ] reshape: { shape: [ 2 ] } }",
-        )
-        .unwrap();
+        let config =
+            ModelConfig::parse("max_batch_size: 1 output { name: \"y\" dims: [ 1, 2 ] reshape: { shape: [ 2 ] } }").unwrap();
         config.check(&anomaly()).unwrap();
     }
 
@@ -458,14 +390,10 @@ mod tests {
             "line 1, column 17: `max_batch_size` must be a whole number from 0 up, found `many`"
         );
         assert!(
-            error("input { name: \"x\"\n data_type: TYPE_FP16 }").starts_with(
-                "line 2, column 13: the data type `TYPE_FP16` is not supported; these are: TYPE_FP32,"
-            )
+            error("input { name: \"x\"\n data_type: TYPE_FP16 }")
+                .starts_with("line 2, column 13: the data type `TYPE_FP16` is not supported; these are: TYPE_FP32,")
         );
-        assert_eq!(
-            error("input { dims: 3 }"),
-            "line 1, column 7: this `input` has no `name`"
-        );
+        assert_eq!(error("input { dims: 3 }"), "line 1, column 7: this `input` has no `name`");
         assert_eq!(
             error("version_policy { newest { } }"),
             "line 1, column 16: `version_policy` must be one of `latest`, `all`, `specific`"
@@ -475,18 +403,9 @@ mod tests {
     #[test]
     fn policies_select_versions() {
         let present = BTreeSet::from([1, 2, 10]);
-        assert_eq!(
-            VersionPolicy::default().select(&present),
-            BTreeSet::from([10])
-        );
-        assert_eq!(
-            VersionPolicy::Latest(2).select(&present),
-            BTreeSet::from([2, 10])
-        );
+        assert_eq!(VersionPolicy::default().select(&present), BTreeSet::from([10]));
+        assert_eq!(VersionPolicy::Latest(2).select(&present), BTreeSet::from([2, 10]));
         assert_eq!(VersionPolicy::All.select(&present), present);
-        assert_eq!(
-            VersionPolicy::Specific(vec![2, 3]).select(&present),
-            BTreeSet::from([2])
-        );
+        assert_eq!(VersionPolicy::Specific(vec![2, 3]).select(&present), BTreeSet::from([2]));
     }
 }

@@ -46,13 +46,9 @@ impl Search {
         let system = ["/usr/local/lib", "/usr/lib64", "/usr/lib"]
             .into_iter()
             .map(PathBuf::from)
-            .chain([PathBuf::from(format!(
-                "/usr/lib/{}-linux-gnu",
-                env::consts::ARCH
-            ))]);
+            .chain([PathBuf::from(format!("/usr/lib/{}-linux-gnu", env::consts::ARCH))]);
         Search {
-            backend: set("AFFERENT_MODEL_BACKEND")
-                .map(|value| value.to_string_lossy().into_owned()),
+            backend: set("AFFERENT_MODEL_BACKEND").map(|value| value.to_string_lossy().into_owned()),
             library: set("ORT_DYLIB_PATH").map(PathBuf::from),
             data_dir: data_dir.into(),
             virtual_env: set("VIRTUAL_ENV").map(PathBuf::from),
@@ -67,14 +63,8 @@ impl Search {
         let nearby = iter::once(self.data_dir.join("lib")).chain(self.virtual_env_packages());
         let python = iter::once_with(|| self.python_package()).flatten();
         let system = self.system.iter().cloned();
-        let by_name = self
-            .loader
-            .then(|| PathBuf::from(format!("{DLL_PREFIX}onnxruntime{DLL_SUFFIX}")));
-        nearby
-            .chain(python)
-            .chain(system)
-            .flat_map(|directory| libraries_in(&directory))
-            .chain(by_name)
+        let by_name = self.loader.then(|| PathBuf::from(format!("{DLL_PREFIX}onnxruntime{DLL_SUFFIX}")));
+        nearby.chain(python).chain(system).flat_map(|directory| libraries_in(&directory)).chain(by_name)
     }
 
     /// The places in words, for a message.
@@ -128,11 +118,8 @@ impl Search {
 
 /// The ONNX Runtime libraries in a directory, newest first; none if the directory cannot be read.
 fn libraries_in(directory: &Path) -> Vec<PathBuf> {
-    let mut libraries: Vec<(Vec<u64>, PathBuf)> = entries(directory)
-        .into_iter()
-        .filter(|(name, _)| is_library(name))
-        .map(|(name, path)| (numbers(&name), path))
-        .collect();
+    let mut libraries: Vec<(Vec<u64>, PathBuf)> =
+        entries(directory).into_iter().filter(|(name, _)| is_library(name)).map(|(name, path)| (numbers(&name), path)).collect();
     libraries.sort();
     libraries.into_iter().rev().map(|(_, path)| path).collect()
 }
@@ -140,38 +127,25 @@ fn libraries_in(directory: &Path) -> Vec<PathBuf> {
 /// Whether a file name is the library's: `libonnxruntime.so`, `libonnxruntime.so.1.31.1`,
 /// `libonnxruntime.1.31.1.dylib`, `onnxruntime.dll`; not `libonnxruntime_providers_shared.so`.
 fn is_library(name: &str) -> bool {
-    let Some(rest) = name
-        .strip_prefix(DLL_PREFIX)
-        .and_then(|rest| rest.strip_prefix("onnxruntime"))
-    else {
+    let Some(rest) = name.strip_prefix(DLL_PREFIX).and_then(|rest| rest.strip_prefix("onnxruntime")) else {
         return false;
     };
-    let Some(version) = rest
-        .strip_prefix(DLL_SUFFIX)
-        .or_else(|| rest.strip_suffix(DLL_SUFFIX))
-    else {
+    let Some(version) = rest.strip_prefix(DLL_SUFFIX).or_else(|| rest.strip_suffix(DLL_SUFFIX)) else {
         return false;
     };
-    version
-        .chars()
-        .all(|character| character == '.' || character.is_ascii_digit())
+    version.chars().all(|character| character == '.' || character.is_ascii_digit())
 }
 
 /// The numbers in a file name, so that 1.10 comes after 1.9.
 fn numbers(name: &str) -> Vec<u64> {
-    name.split(|character: char| !character.is_ascii_digit())
-        .filter_map(|digits| digits.parse().ok())
-        .collect()
+    name.split(|character: char| !character.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
 
 fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
     };
-    entries
-        .flatten()
-        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
-        .collect()
+    entries.flatten().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path()))).collect()
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -182,19 +156,10 @@ mod tests {
 
     #[test]
     fn only_the_library_itself_is_taken() {
-        for name in [
-            "libonnxruntime.so",
-            "libonnxruntime.so.1",
-            "libonnxruntime.so.1.31.1",
-        ] {
+        for name in ["libonnxruntime.so", "libonnxruntime.so.1", "libonnxruntime.so.1.31.1"] {
             assert!(is_library(name), "{name}");
         }
-        for name in [
-            "libonnxruntime_providers_shared.so",
-            "libonnxruntime.so.1.31.1.sig",
-            "libonnx.so",
-            "onnxruntime.so",
-        ] {
+        for name in ["libonnxruntime_providers_shared.so", "libonnxruntime.so.1.31.1.sig", "libonnx.so", "onnxruntime.so"] {
             assert!(!is_library(name), "{name}");
         }
     }
@@ -226,19 +191,13 @@ mod tests {
         };
         let found: Vec<PathBuf> = search.candidates().collect();
         let by_name = PathBuf::from("libonnxruntime.so");
-        assert_eq!(
-            found.iter().collect::<Vec<_>>(),
-            [&files[1], &files[0], &files[3], &files[4], &by_name]
-        );
+        assert_eq!(found.iter().collect::<Vec<_>>(), [&files[1], &files[0], &files[3], &files[4], &by_name]);
     }
 
     #[test]
     fn an_interpreter_that_fails_or_is_absent_is_no_error() {
         for python in ["/bin/false", "/no/such/interpreter"] {
-            let search = Search {
-                python: Some(python.into()),
-                ..Search::default()
-            };
+            let search = Search { python: Some(python.into()), ..Search::default() };
             assert_eq!(search.candidates().count(), 0, "{python}");
         }
     }

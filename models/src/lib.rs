@@ -22,7 +22,7 @@ mod signature;
 mod tensor;
 mod tract;
 
-pub use backend::{InferenceError, LoadError, Model, Runtime, RuntimeError};
+pub use backend::{InferenceError, LazyRuntime, LoadError, Model, Runtime, RuntimeError};
 pub use config::{ConfigMismatch, ModelConfig, TensorConfig, VersionPolicy};
 pub use pbtxt::ConfigError;
 pub use repository::{ModelFile, Repository, RepositoryError};

@@ -16,33 +16,17 @@ pub(crate) fn check_outputs(graph: &pb::GraphProto) -> Result<(), String> {
         .iter()
         .flat_map(|node| node.output.iter().map(String::as_str))
         .chain(graph.input.iter().map(|input| input.name.as_str()))
-        .chain(
-            graph
-                .initializer
-                .iter()
-                .map(|constant| constant.name.as_str()),
-        )
+        .chain(graph.initializer.iter().map(|constant| constant.name.as_str()))
         .collect();
-    match graph
-        .output
-        .iter()
-        .find(|output| !made.contains(output.name.as_str()))
-    {
-        Some(output) => Err(format!(
-            "nothing in the graph makes its output `{}`",
-            output.name
-        )),
+    match graph.output.iter().find(|output| !made.contains(output.name.as_str())) {
+        Some(output) => Err(format!("nothing in the graph makes its output `{}`", output.name)),
         None => Ok(()),
     }
 }
 
 /// Graph inputs that are no constants, and graph outputs.
 pub(crate) fn signature(graph: &pb::GraphProto) -> Result<Signature, String> {
-    let constants: HashSet<&str> = graph
-        .initializer
-        .iter()
-        .map(|constant| constant.name.as_str())
-        .collect();
+    let constants: HashSet<&str> = graph.initializer.iter().map(|constant| constant.name.as_str()).collect();
     Ok(Signature {
         inputs: graph
             .input
@@ -50,11 +34,7 @@ pub(crate) fn signature(graph: &pb::GraphProto) -> Result<Signature, String> {
             .filter(|input| !constants.contains(input.name.as_str()))
             .map(|input| spec(input, "input"))
             .collect::<Result<_, _>>()?,
-        outputs: graph
-            .output
-            .iter()
-            .map(|output| spec(output, "output"))
-            .collect::<Result<_, _>>()?,
+        outputs: graph.output.iter().map(|output| spec(output, "output")).collect::<Result<_, _>>()?,
     })
 }
 
@@ -62,14 +42,9 @@ fn spec(value: &pb::ValueInfoProto, side: &str) -> Result<TensorSpec, String> {
     use pb::tensor_shape_proto::dimension::Value::DimValue;
 
     let name = &value.name;
-    let Some(pb::type_proto::Value::TensorType(tensor)) = value
-        .r#type
-        .as_ref()
-        .and_then(|declared| declared.value.as_ref())
+    let Some(pb::type_proto::Value::TensorType(tensor)) = value.r#type.as_ref().and_then(|declared| declared.value.as_ref())
     else {
-        return Err(format!(
-            "the {side} `{name}` is not a tensor (for scikit-learn, export with zipmap off)"
-        ));
+        return Err(format!("the {side} `{name}` is not a tensor (for scikit-learn, export with zipmap off)"));
     };
     let element = pb::tensor_proto::DataType::try_from(tensor.elem_type).ok();
     let data_type = element.and_then(data_type).ok_or_else(|| {
@@ -86,11 +61,7 @@ fn spec(value: &pb::ValueInfoProto, side: &str) -> Result<TensorSpec, String> {
             })
             .collect()
     });
-    Ok(TensorSpec {
-        name: name.clone(),
-        data_type,
-        shape,
-    })
+    Ok(TensorSpec { name: name.clone(), data_type, shape })
 }
 
 fn data_type(element: pb::tensor_proto::DataType) -> Option<DataType> {

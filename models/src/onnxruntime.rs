@@ -11,9 +11,7 @@ use arrow::buffer::Buffer;
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{
-    DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType,
-};
+use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 
 use crate::backend::{InferenceError, Model, bind};
 use crate::signature::{Dim, Signature, TensorSpec};
@@ -51,20 +49,14 @@ impl Library {
         let environment = builder
             .with_name("afferent")
             .with_telemetry(false)
-            .with_logger(Arc::new(
-                |level: LogLevel, _: &str, _: &str, location: &str, message: &str| match level {
-                    LogLevel::Fatal | LogLevel::Error => tracing::error!(location, "{message}"),
-                    LogLevel::Warning => tracing::warn!(location, "{message}"),
-                    LogLevel::Info => tracing::debug!(location, "{message}"),
-                    LogLevel::Verbose => tracing::trace!(location, "{message}"),
-                },
-            ))
+            .with_logger(Arc::new(|level: LogLevel, _: &str, _: &str, location: &str, message: &str| match level {
+                LogLevel::Fatal | LogLevel::Error => tracing::error!(location, "{message}"),
+                LogLevel::Warning => tracing::warn!(location, "{message}"),
+                LogLevel::Info => tracing::debug!(location, "{message}"),
+                LogLevel::Verbose => tracing::trace!(location, "{message}"),
+            }))
             .build()
-            .map_err(|error| {
-                OpenError::Start(format!(
-                    "{error}; a process that uses ONNX Runtime shares one `Runtime`"
-                ))
-            })?;
+            .map_err(|error| OpenError::Start(format!("{error}; a process that uses ONNX Runtime shares one `Runtime`")))?;
         // With a logger of one's own everything is logged, which costs time on every run.
         environment.set_log_level(LogLevel::Warning);
         Ok(Library { environment, path })
@@ -99,18 +91,12 @@ impl OnnxRuntimeModel {
     pub(crate) fn load(library: &Library, bytes: &Arc<[u8]>) -> Result<OnnxRuntimeModel, String> {
         let environment = library.environment.clone();
         let session = open_session(&environment, bytes).map_err(|error| error.to_string())?;
-        let signature = Signature {
-            inputs: specs(session.inputs(), "input")?,
-            outputs: specs(session.outputs(), "output")?,
-        };
+        let signature = Signature { inputs: specs(session.inputs(), "input")?, outputs: specs(session.outputs(), "output")? };
         Ok(OnnxRuntimeModel {
             signature,
             environment,
             bytes: Arc::clone(bytes),
-            pool: Mutex::new(Pool {
-                idle: vec![session],
-                open: 1,
-            }),
+            pool: Mutex::new(Pool { idle: vec![session], open: 1 }),
             returned: Condvar::new(),
             limit: thread::available_parallelism().map_or(1, usize::from),
         })
@@ -126,22 +112,13 @@ impl OnnxRuntimeModel {
         let mut pool = self.pool();
         loop {
             if let Some(session) = pool.idle.pop() {
-                return Slot {
-                    model: self,
-                    session: Some(session),
-                };
+                return Slot { model: self, session: Some(session) };
             }
             if pool.open < self.limit {
                 pool.open += 1;
-                return Slot {
-                    model: self,
-                    session: None,
-                };
+                return Slot { model: self, session: None };
             }
-            pool = self
-                .returned
-                .wait(pool)
-                .unwrap_or_else(PoisonError::into_inner);
+            pool = self.returned.wait(pool).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -171,12 +148,7 @@ impl Model for OnnxRuntimeModel {
 
     fn run(&self, inputs: &[(&str, Tensor)]) -> Result<Vec<Tensor>, InferenceError> {
         let mut values = Vec::with_capacity(inputs.len());
-        for (spec, tensor) in self
-            .signature
-            .inputs
-            .iter()
-            .zip(bind(&self.signature, inputs)?)
-        {
+        for (spec, tensor) in self.signature.inputs.iter().zip(bind(&self.signature, inputs)?) {
             values.push((spec.name.as_str(), input(tensor)?));
         }
         let mut slot = self.slot();
@@ -186,12 +158,7 @@ impl Model for OnnxRuntimeModel {
         };
         let session = slot.session.insert(session);
         let outputs = session.run(values).map_err(failed)?;
-        self.signature
-            .outputs
-            .iter()
-            .zip(outputs.values())
-            .map(|(spec, value)| output(spec, &value))
-            .collect()
+        self.signature.outputs.iter().zip(outputs.values()).map(|(spec, value)| output(spec, &value)).collect()
     }
 
     fn backend(&self) -> &'static str {
@@ -200,17 +167,12 @@ impl Model for OnnxRuntimeModel {
 }
 
 fn open_session(environment: &Environment, bytes: &[u8]) -> ort::Result<Session> {
-    let mut builder = Session::builder(environment)?
-        .with_intra_threads(1)?
-        .with_log_level(LogLevel::Warning)?;
+    let mut builder = Session::builder(environment)?.with_intra_threads(1)?.with_log_level(LogLevel::Warning)?;
     builder.commit_from_memory(bytes)
 }
 
 fn failed(error: impl Display) -> InferenceError {
-    InferenceError::Backend {
-        backend: NAME,
-        message: error.to_string(),
-    }
+    InferenceError::Backend { backend: NAME, message: error.to_string() }
 }
 
 fn specs(outlets: &[Outlet], side: &str) -> Result<Vec<TensorSpec>, String> {
@@ -224,17 +186,10 @@ fn specs(outlets: &[Outlet], side: &str) -> Result<Vec<TensorSpec>, String> {
                     outlet.dtype()
                 ));
             };
-            let data_type = data_type(*ty)
-                .ok_or_else(|| format!("the {side} `{name}` has the element type {ty}, which is not supported"))?;
-            let shape = shape
-                .iter()
-                .map(|&extent| usize::try_from(extent).map_or(Dim::Any, Dim::Fixed))
-                .collect();
-            Ok(TensorSpec {
-                name: name.to_owned(),
-                data_type,
-                shape,
-            })
+            let data_type =
+                data_type(*ty).ok_or_else(|| format!("the {side} `{name}` has the element type {ty}, which is not supported"))?;
+            let shape = shape.iter().map(|&extent| usize::try_from(extent).map_or(Dim::Any, Dim::Fixed)).collect();
+            Ok(TensorSpec { name: name.to_owned(), data_type, shape })
         })
         .collect()
 }
@@ -272,22 +227,16 @@ fn input(tensor: &Tensor) -> Result<SessionInputValue<'_>, InferenceError> {
         DataType::Uint64 => borrowed::<u64>(tensor),
         DataType::Bool => {
             let values: Vec<bool> = tensor.bools().into_iter().flatten().collect();
-            let value = ort::value::Tensor::<bool>::from_array((tensor.shape().to_vec(), values))
-                .map_err(failed)?;
+            let value = ort::value::Tensor::<bool>::from_array((tensor.shape().to_vec(), values)).map_err(failed)?;
             Ok(value.into())
         }
         DataType::Bytes => Err(failed("BYTES tensors are not supported")),
     }
 }
 
-fn borrowed<'a, T: Element + PrimitiveTensorElementType>(
-    tensor: &'a Tensor,
-) -> Result<SessionInputValue<'a>, InferenceError> {
-    let values: &'a [T] = tensor
-        .as_slice()
-        .ok_or_else(|| failed(format!("{tensor} is not of type {}", T::DATA_TYPE)))?;
-    let view: TensorRef<'a, T> =
-        TensorRef::from_array_view((tensor.shape(), values)).map_err(failed)?;
+fn borrowed<'a, T: Element + PrimitiveTensorElementType>(tensor: &'a Tensor) -> Result<SessionInputValue<'a>, InferenceError> {
+    let values: &'a [T] = tensor.as_slice().ok_or_else(|| failed(format!("{tensor} is not of type {}", T::DATA_TYPE)))?;
+    let view: TensorRef<'a, T> = TensorRef::from_array_view((tensor.shape(), values)).map_err(failed)?;
     Ok(view.into())
 }
 
@@ -306,22 +255,13 @@ fn output(spec: &TensorSpec, value: &DynValue) -> Result<Tensor, InferenceError>
         DataType::Uint64 => copied::<u64>(spec, value),
         DataType::Bool => {
             let (shape, values) = value.try_extract_tensor::<bool>().map_err(failed)?;
-            Tensor::from_bools(extents(shape), values.iter().copied())
-                .map_err(|error| unreadable(spec, error))
+            Tensor::from_bools(extents(shape), values.iter().copied()).map_err(|error| unreadable(spec, error))
         }
-        DataType::Bytes => Err(unreadable(
-            spec,
-            TensorError::Unsupported {
-                data_type: DataType::Bytes,
-            },
-        )),
+        DataType::Bytes => Err(unreadable(spec, TensorError::Unsupported { data_type: DataType::Bytes })),
     }
 }
 
-fn copied<T: Element + PrimitiveTensorElementType>(
-    spec: &TensorSpec,
-    value: &DynValue,
-) -> Result<Tensor, InferenceError> {
+fn copied<T: Element + PrimitiveTensorElementType>(spec: &TensorSpec, value: &DynValue) -> Result<Tensor, InferenceError> {
     let (shape, values) = value.try_extract_tensor::<T>().map_err(failed)?;
     let data = Buffer::from_slice_ref::<T, _>(values);
     Tensor::from_buffer(T::DATA_TYPE, extents(shape), data).map_err(|error| unreadable(spec, error))
@@ -329,17 +269,11 @@ fn copied<T: Element + PrimitiveTensorElementType>(
 
 /// The shape of a value that exists: no extent is negative.
 fn extents(shape: &[i64]) -> Vec<usize> {
-    shape
-        .iter()
-        .map(|&extent| usize::try_from(extent).unwrap_or(0))
-        .collect()
+    shape.iter().map(|&extent| usize::try_from(extent).unwrap_or(0)).collect()
 }
 
 fn unreadable(spec: &TensorSpec, error: TensorError) -> InferenceError {
-    InferenceError::Output {
-        output: spec.name.clone(),
-        error,
-    }
+    InferenceError::Output { output: spec.name.clone(), error }
 }
 
 #[cfg(test)]

@@ -32,11 +32,7 @@ pub(crate) struct Position {
 impl Position {
     /// An error at this place.
     pub(crate) fn error(self, message: impl Into<String>) -> ConfigError {
-        ConfigError {
-            line: self.line,
-            column: self.column,
-            message: message.into(),
-        }
+        ConfigError { line: self.line, column: self.column, message: message.into() }
     }
 }
 
@@ -79,10 +75,7 @@ impl Message {
 
 /// Reads a whole file.
 pub(crate) fn parse(text: &str) -> Result<Message, ConfigError> {
-    let mut parser = Parser {
-        rest: text.chars().peekable(),
-        position: Position { line: 1, column: 1 },
-    };
+    let mut parser = Parser { rest: text.chars().peekable(), position: Position { line: 1, column: 1 } };
     parser.message(None, 0)
 }
 
@@ -99,10 +92,7 @@ impl Parser<'_> {
     fn next(&mut self) -> Option<char> {
         let character = self.rest.next()?;
         if character == '\n' {
-            self.position = Position {
-                line: self.position.line + 1,
-                column: 1,
-            };
+            self.position = Position { line: self.position.line + 1, column: 1 };
         } else {
             self.position.column += 1;
         }
@@ -191,9 +181,7 @@ impl Parser<'_> {
             _ if colon => self.push(name, message, depth),
             _ => {
                 let found = self.found();
-                Err(self
-                    .position
-                    .error(format!("expected `:` or `{{` after `{name}`, {found}")))
+                Err(self.position.error(format!("expected `:` or `{{` after `{name}`, {found}")))
             }
         }
     }
@@ -213,19 +201,12 @@ impl Parser<'_> {
             self.skip_space();
             if !self.take(',') && self.peek().is_some_and(|character| character != ']') {
                 let found = self.found();
-                return Err(self.position.error(format!(
-                    "expected `,` or `]` in the list of `{name}`, {found}"
-                )));
+                return Err(self.position.error(format!("expected `,` or `]` in the list of `{name}`, {found}")));
             }
         }
     }
 
-    fn push(
-        &mut self,
-        name: String,
-        message: &mut Message,
-        depth: usize,
-    ) -> Result<(), ConfigError> {
+    fn push(&mut self, name: String, message: &mut Message, depth: usize) -> Result<(), ConfigError> {
         let position = self.position;
         let value = match self.peek() {
             Some('{') => {
@@ -238,9 +219,7 @@ impl Parser<'_> {
             }
             Some('"' | '\'') => Value::Text(self.text()?),
             _ => {
-                let word = self.word(|character| {
-                    character.is_ascii_alphanumeric() || matches!(character, '_' | '.' | '+' | '-')
-                });
+                let word = self.word(|character| character.is_ascii_alphanumeric() || matches!(character, '_' | '.' | '+' | '-'));
                 if word.is_empty() {
                     let found = self.found();
                     return Err(position.error(format!("expected a value for `{name}`, {found}")));
@@ -248,11 +227,7 @@ impl Parser<'_> {
                 Value::Word(word)
             }
         };
-        message.fields.push(Field {
-            name,
-            value,
-            position,
-        });
+        message.fields.push(Field { name, value, position });
         Ok(())
     }
 
@@ -275,13 +250,10 @@ impl Parser<'_> {
                         Some('r') => '\r',
                         Some(character @ ('\\' | '"' | '\'')) => character,
                         Some(character) => {
-                            return Err(position
-                                .error(format!("the escape `\\{character}` is not supported")));
+                            return Err(position.error(format!("the escape `\\{character}` is not supported")));
                         }
                         None => {
-                            return Err(
-                                opened.error(format!("this text is not closed by `{quote}`"))
-                            );
+                            return Err(opened.error(format!("this text is not closed by `{quote}`")));
                         }
                     }),
                     Some(character) => text.push(character),
@@ -331,56 +303,24 @@ mod tests {
             .collect();
         assert_eq!(nested, [["true"], ["false"]]);
         let last = message.last("dims").unwrap();
-        assert_eq!(
-            last.position,
-            Position {
-                line: 5,
-                column: 26
-            }
-        );
+        assert_eq!(last.position, Position { line: 5, column: 26 });
     }
 
     #[test]
     fn errors_say_where() {
         let error = |text: &str| parse(text).unwrap_err().to_string();
-        assert_eq!(
-            error("name \"x\""),
-            "line 1, column 6: expected `:` or `{` after `name`, found `\"`"
-        );
-        assert_eq!(
-            error("a: 1\n  b:\n"),
-            "line 3, column 1: expected a value for `b`, the file ends"
-        );
-        assert_eq!(
-            error("a: 1\ninput {\n  b: 2"),
-            "line 2, column 8: this message is not closed by `}`"
-        );
-        assert_eq!(
-            error("dims: [1 2]"),
-            "line 1, column 10: expected `,` or `]` in the list of `dims`, found `2`"
-        );
-        assert_eq!(
-            error("dims: [1,"),
-            "line 1, column 7: the list of `dims` is not closed by `]`"
-        );
-        assert_eq!(
-            error("name: \"x\ny\""),
-            "line 1, column 7: this text is not closed by `\"`"
-        );
-        assert_eq!(
-            error("} a: 1"),
-            "line 1, column 1: expected a field name, found `}`"
-        );
+        assert_eq!(error("name \"x\""), "line 1, column 6: expected `:` or `{` after `name`, found `\"`");
+        assert_eq!(error("a: 1\n  b:\n"), "line 3, column 1: expected a value for `b`, the file ends");
+        assert_eq!(error("a: 1\ninput {\n  b: 2"), "line 2, column 8: this message is not closed by `}`");
+        assert_eq!(error("dims: [1 2]"), "line 1, column 10: expected `,` or `]` in the list of `dims`, found `2`");
+        assert_eq!(error("dims: [1,"), "line 1, column 7: the list of `dims` is not closed by `]`");
+        assert_eq!(error("name: \"x\ny\""), "line 1, column 7: this text is not closed by `\"`");
+        assert_eq!(error("} a: 1"), "line 1, column 1: expected a field name, found `}`");
     }
 
     #[test]
     fn deep_nesting_is_refused() {
         let text = "a {".repeat(100_000);
-        assert!(
-            parse(&text)
-                .unwrap_err()
-                .message
-                .starts_with("more than 64 nested")
-        );
+        assert!(parse(&text).unwrap_err().message.starts_with("more than 64 nested"));
     }
 }

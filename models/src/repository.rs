@@ -163,51 +163,26 @@ impl Repository {
         let config = read_config(name, &directory)?;
         let version = choose_version(name, &directory, &config.version_policy, version)?;
 
-        let file_name = config
-            .default_model_filename
-            .as_deref()
-            .unwrap_or("model.onnx");
+        let file_name = config.default_model_filename.as_deref().unwrap_or("model.onnx");
         let path = inside(&directory, &directory.join(version.to_string()), file_name)?;
         let bytes = read(&path)?;
 
         let mut labels = HashMap::new();
         for output in &config.outputs {
             if let Some(file_name) = &output.label_filename {
-                labels.insert(
-                    output.name.clone(),
-                    read_labels(&inside(&directory, &directory, file_name)?)?,
-                );
+                labels.insert(output.name.clone(), read_labels(&inside(&directory, &directory, file_name)?)?);
             }
         }
-        Ok(ModelFile {
-            name: name.into(),
-            version,
-            bytes: bytes.into(),
-            config,
-            labels,
-            directory,
-        })
+        Ok(ModelFile { name: name.into(), version, bytes: bytes.into(), config, labels, directory })
     }
 
     fn unknown(&self, name: &str) -> RepositoryError {
-        let looked: Vec<String> = self
-            .roots
-            .iter()
-            .map(|root| format!("`{}`", root.display()))
-            .collect();
+        let looked: Vec<String> = self.roots.iter().map(|root| format!("`{}`", root.display())).collect();
         let names = self.names();
         RepositoryError::Unknown {
             name: name.into(),
-            looked: if looked.is_empty() {
-                "an empty list of repositories".into()
-            } else {
-                looked.join(" or ")
-            },
-            found: if names.is_empty() {
-                "no models were found".into()
-            } else {
-                format!("found: {}", names.join(", "))
-            },
+            looked: if looked.is_empty() { "an empty list of repositories".into() } else { looked.join(" or ") },
+            found: if names.is_empty() { "no models were found".into() } else { format!("found: {}", names.join(", ")) },
         }
     }
 }
@@ -215,37 +190,25 @@ impl Repository {
 /// Whether a path is one file or directory name, and no way elsewhere.
 fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
-    matches!(components.next(), Some(Component::Normal(first)) if first == name)
-        && components.next().is_none()
+    matches!(components.next(), Some(Component::Normal(first)) if first == name) && components.next().is_none()
 }
 
 /// A file that a `config.pbtxt` names, below `base`.
 fn inside(directory: &Path, base: &Path, file: &str) -> Result<PathBuf, RepositoryError> {
-    let below = Path::new(file)
-        .components()
-        .all(|component| matches!(component, Component::Normal(_)));
+    let below = Path::new(file).components().all(|component| matches!(component, Component::Normal(_)));
     if below {
         Ok(base.join(file))
     } else {
-        Err(RepositoryError::OutsideFile {
-            path: directory.join("config.pbtxt"),
-            file: file.into(),
-        })
+        Err(RepositoryError::OutsideFile { path: directory.join("config.pbtxt"), file: file.into() })
     }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RepositoryError> {
-    fs::read(path).map_err(|error| RepositoryError::Read {
-        path: path.into(),
-        error,
-    })
+    fs::read(path).map_err(|error| RepositoryError::Read { path: path.into(), error })
 }
 
 fn read_text(path: &Path) -> Result<String, RepositoryError> {
-    fs::read_to_string(path).map_err(|error| RepositoryError::Read {
-        path: path.into(),
-        error,
-    })
+    fs::read_to_string(path).map_err(|error| RepositoryError::Read { path: path.into(), error })
 }
 
 fn read_config(name: &str, directory: &Path) -> Result<ModelConfig, RepositoryError> {
@@ -253,29 +216,15 @@ fn read_config(name: &str, directory: &Path) -> Result<ModelConfig, RepositoryEr
     if !path.exists() {
         return Ok(ModelConfig::default());
     }
-    let config =
-        ModelConfig::parse(&read_text(&path)?).map_err(|error| RepositoryError::Config {
-            path: path.clone(),
-            error,
-        })?;
+    let config = ModelConfig::parse(&read_text(&path)?).map_err(|error| RepositoryError::Config { path: path.clone(), error })?;
     if let Some(declared) = config.name.clone().filter(|declared| declared != name) {
-        return Err(RepositoryError::NameMismatch {
-            path,
-            declared,
-            name: name.into(),
-        });
+        return Err(RepositoryError::NameMismatch { path, declared, name: name.into() });
     }
-    let foreign = [
-        (&config.backend, "onnxruntime"),
-        (&config.platform, "onnxruntime_onnx"),
-    ]
-    .into_iter()
-    .find_map(|(asked, served)| asked.as_deref().filter(|&asked| asked != served));
+    let foreign = [(&config.backend, "onnxruntime"), (&config.platform, "onnxruntime_onnx")]
+        .into_iter()
+        .find_map(|(asked, served)| asked.as_deref().filter(|&asked| asked != served));
     if let Some(asked) = foreign {
-        return Err(RepositoryError::UnsupportedBackend {
-            name: name.into(),
-            asked: asked.into(),
-        });
+        return Err(RepositoryError::UnsupportedBackend { name: name.into(), asked: asked.into() });
     }
     Ok(config)
 }
@@ -283,23 +232,11 @@ fn read_config(name: &str, directory: &Path) -> Result<ModelConfig, RepositoryEr
 /// One label a line; empty lines at the end are no labels.
 fn read_labels(path: &Path) -> Result<Vec<String>, RepositoryError> {
     let text = read_text(path)?;
-    Ok(text
-        .trim_end()
-        .lines()
-        .map(|label| label.trim().to_owned())
-        .collect())
+    Ok(text.trim_end().lines().map(|label| label.trim().to_owned()).collect())
 }
 
-fn choose_version(
-    name: &str,
-    directory: &Path,
-    policy: &VersionPolicy,
-    asked: Option<u64>,
-) -> Result<u64, RepositoryError> {
-    let present = versions(directory).map_err(|error| RepositoryError::Read {
-        path: directory.into(),
-        error,
-    })?;
+fn choose_version(name: &str, directory: &Path, policy: &VersionPolicy, asked: Option<u64>) -> Result<u64, RepositoryError> {
+    let present = versions(directory).map_err(|error| RepositoryError::Read { path: directory.into(), error })?;
     let chosen = match asked {
         Some(version) => Some(version).filter(|version| present.contains(version)),
         None => policy.select(&present).last().copied(),
@@ -317,11 +254,7 @@ fn choose_version(
                 (None, _) => "directory (such as 1/)".into(),
             },
             directory: directory.into(),
-            found: if found.is_empty() {
-                "there are none".into()
-            } else {
-                format!("found: {}", found.join(", "))
-            },
+            found: if found.is_empty() { "there are none".into() } else { format!("found: {}", found.join(", ")) },
         }
     })
 }
@@ -329,12 +262,10 @@ fn choose_version(
 /// Directories named by a whole number from 1 up; as in Triton, others and those with leading zeros are not
 /// versions.
 fn versions(directory: &Path) -> io::Result<BTreeSet<u64>> {
-    let versions = subdirectories(directory)?
-        .into_iter()
-        .filter_map(|(name, _)| {
-            let version: u64 = name.parse().ok()?;
-            (version > 0 && version.to_string() == name).then_some(version)
-        });
+    let versions = subdirectories(directory)?.into_iter().filter_map(|(name, _)| {
+        let version: u64 = name.parse().ok()?;
+        (version > 0 && version.to_string() == name).then_some(version)
+    });
     Ok(versions.collect())
 }
 
@@ -372,12 +303,7 @@ mod tests {
     #[test]
     fn the_newest_version_is_the_default_by_number_not_by_name() {
         let root = TempDir::new().unwrap();
-        for (version, bytes) in [
-            ("9", b"nine "),
-            ("10", b"ten  "),
-            ("011", b"zero "),
-            ("v2", b"words"),
-        ] {
+        for (version, bytes) in [("9", b"nine "), ("10", b"ten  "), ("011", b"zero "), ("v2", b"words")] {
             place(&root, &format!("m/{version}/model.onnx"), bytes);
         }
         let repository = repository(&[&root]);
@@ -387,10 +313,7 @@ mod tests {
         assert_eq!(newest.config, ModelConfig::default());
         assert_eq!(&repository.load("m", Some(9)).unwrap().bytes[..], b"nine ");
         let error = repository.load("m", Some(11)).unwrap_err().to_string();
-        assert!(
-            error.starts_with("no version 11 of the model `m` in `"),
-            "{error}"
-        );
+        assert!(error.starts_with("no version 11 of the model `m` in `"), "{error}");
         assert!(error.ends_with("found: 9, 10"), "{error}");
     }
 
@@ -400,11 +323,7 @@ mod tests {
         for version in 1..=3 {
             place(&root, &format!("m/{version}/model.onnx"), b"x");
         }
-        place(
-            &root,
-            "m/config.pbtxt",
-            b"version_policy { specific { versions: [1, 2, 7] } }",
-        );
+        place(&root, "m/config.pbtxt", b"version_policy { specific { versions: [1, 2, 7] } }");
         let repository = repository(&[&root]);
         assert_eq!(repository.load("m", None).unwrap().version, 2);
         assert_eq!(repository.load("m", Some(3)).unwrap().version, 3);
@@ -416,9 +335,7 @@ mod tests {
         place(&first, "shuttle/1/model.onnx", b"x");
         place(&second, "exercise/1/model.onnx", b"x");
         place(&second, "empty/readme", b"x");
-        let error = repository(&[&first, &second])
-            .load("shutle", None)
-            .unwrap_err();
+        let error = repository(&[&first, &second]).load("shutle", None).unwrap_err();
         assert_eq!(
             error.to_string(),
             format!(
@@ -465,19 +382,13 @@ mod tests {
         let repository = Repository::new(vec![root.path().join("models")]);
         for name in ["../secret", "/secret", "", ".", "..", "m/1", "m/"] {
             let error = repository.load(name, None).unwrap_err();
-            assert!(
-                matches!(error, RepositoryError::InvalidName { .. }),
-                "{name}: {error}"
-            );
+            assert!(matches!(error, RepositoryError::InvalidName { .. }), "{name}: {error}");
         }
         for file in ["../../../secret/1/model.onnx", "/etc/passwd"] {
             let config = format!("default_model_filename: \"{file}\"");
             place(&root, "models/m/config.pbtxt", config.as_bytes());
             let error = repository.load("m", None).unwrap_err();
-            assert!(
-                matches!(error, RepositoryError::OutsideFile { .. }),
-                "{error}"
-            );
+            assert!(matches!(error, RepositoryError::OutsideFile { .. }), "{error}");
         }
     }
 
@@ -487,44 +398,23 @@ mod tests {
         place(&root, "m/1/model.onnx", b"x");
         let error = |config: &str| {
             place(&root, "m/config.pbtxt", config.as_bytes());
-            repository(&[&root])
-                .load("m", None)
-                .unwrap_err()
-                .to_string()
+            repository(&[&root]).load("m", None).unwrap_err().to_string()
         };
         let path = root.path().join("m/config.pbtxt");
-        assert_eq!(
-            error("name: \"n\""),
-            format!(
-                "`{}` names the model `n`, but its directory is `m`",
-                path.display()
-            )
-        );
+        assert_eq!(error("name: \"n\""), format!("`{}` names the model `n`, but its directory is `m`", path.display()));
         assert_eq!(
             error("platform: \"tensorrt_plan\""),
             "the model `m` is for `tensorrt_plan`, and only onnxruntime models are served"
         );
-        assert_eq!(
-            error("name:\n}"),
-            format!(
-                "`{}`, line 2, column 1: expected a value for `name`, found `}}`",
-                path.display()
-            )
-        );
+        assert_eq!(error("name:\n}"), format!("`{}`, line 2, column 1: expected a value for `name`, found `}}`", path.display()));
     }
 
     #[test]
     fn a_version_without_its_file_is_named() {
         let root = TempDir::new().unwrap();
         fs::create_dir_all(root.path().join("m/1")).unwrap();
-        let error = repository(&[&root])
-            .load("m", None)
-            .unwrap_err()
-            .to_string();
+        let error = repository(&[&root]).load("m", None).unwrap_err().to_string();
         let path = root.path().join("m/1/model.onnx");
-        assert!(
-            error.starts_with(&format!("reading `{}`: ", path.display())),
-            "{error}"
-        );
+        assert!(error.starts_with(&format!("reading `{}`: ", path.display())), "{error}");
     }
 }

@@ -52,25 +52,14 @@ impl TensorSpec {
     }
 
     fn fits(&self, shape: &[usize]) -> bool {
-        self.shape.len() == shape.len()
-            && self
-                .shape
-                .iter()
-                .zip(shape)
-                .all(|(dim, &extent)| dim.accepts(extent))
+        self.shape.len() == shape.len() && self.shape.iter().zip(shape).all(|(dim, &extent)| dim.accepts(extent))
     }
 }
 
 /// `window: FP32[?,100,6]`
 impl fmt::Display for TensorSpec {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            formatter,
-            "{}: {}{}",
-            self.name,
-            self.data_type,
-            bracketed(&self.shape)
-        )
+        write!(formatter, "{}: {}{}", self.name, self.data_type, bracketed(&self.shape))
     }
 }
 
@@ -98,12 +87,7 @@ impl Signature {
 /// `(readings: FP32[?,9]) -> (score: FP32[?])`
 impl fmt::Display for Signature {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            formatter,
-            "({}) -> ({})",
-            listed(&self.inputs),
-            listed(&self.outputs)
-        )
+        write!(formatter, "({}) -> ({})", listed(&self.inputs), listed(&self.outputs))
     }
 }
 
@@ -118,26 +102,16 @@ mod tests {
     use super::*;
 
     fn spec(shape: Vec<Dim>) -> TensorSpec {
-        TensorSpec {
-            name: "window".into(),
-            data_type: DataType::Fp32,
-            shape,
-        }
+        TensorSpec { name: "window".into(), data_type: DataType::Fp32, shape }
     }
 
     #[test]
     fn a_signature_reads_like_a_function() {
         let signature = Signature {
             inputs: vec![spec(vec![Dim::Any, Dim::Fixed(100), Dim::Fixed(6)])],
-            outputs: vec![TensorSpec {
-                name: "score".into(),
-                ..spec(vec![])
-            }],
+            outputs: vec![TensorSpec { name: "score".into(), ..spec(vec![]) }],
         };
-        assert_eq!(
-            signature.to_string(),
-            "(window: FP32[?,100,6]) -> (score: FP32[])"
-        );
+        assert_eq!(signature.to_string(), "(window: FP32[?,100,6]) -> (score: FP32[])");
         assert!(signature.input("window").is_some());
         assert!(signature.output("window").is_none());
     }

@@ -84,9 +84,7 @@ impl DataType {
 
     /// The type with this word of the Open Inference Protocol, if there is one.
     pub fn from_name(name: &str) -> Option<DataType> {
-        DataType::ALL
-            .into_iter()
-            .find(|data_type| data_type.name() == name)
+        DataType::ALL.into_iter().find(|data_type| data_type.name() == name)
     }
 }
 
@@ -170,46 +168,22 @@ pub struct Tensor {
 impl Tensor {
     /// A tensor over an Arrow buffer: row-major, native byte order, exactly as long as `shape` says. The
     /// buffer is shared, and copied only if it is not aligned for its elements.
-    pub fn from_buffer(
-        data_type: DataType,
-        shape: Vec<usize>,
-        data: Buffer,
-    ) -> Result<Tensor, TensorError> {
-        let size = data_type
-            .size()
-            .ok_or(TensorError::Unsupported { data_type })?;
-        let expected = shape
-            .iter()
-            .try_fold(size, |bytes, &dim| bytes.checked_mul(dim));
+    pub fn from_buffer(data_type: DataType, shape: Vec<usize>, data: Buffer) -> Result<Tensor, TensorError> {
+        let size = data_type.size().ok_or(TensorError::Unsupported { data_type })?;
+        let expected = shape.iter().try_fold(size, |bytes, &dim| bytes.checked_mul(dim));
         let Some(expected) = expected else {
             return Err(TensorError::Overflow { shape });
         };
         if data.len() != expected {
-            return Err(TensorError::Length {
-                data_type,
-                shape,
-                expected,
-                found: data.len(),
-            });
+            return Err(TensorError::Length { data_type, shape, expected, found: data.len() });
         }
         if data_type == DataType::Bool
             && let Some(index) = data.iter().position(|&byte| byte > 1)
         {
-            return Err(TensorError::NotBool {
-                index,
-                found: data[index],
-            });
+            return Err(TensorError::NotBool { index, found: data[index] });
         }
-        let data = if data.as_ptr().addr().is_multiple_of(size) {
-            data
-        } else {
-            Buffer::from(data.as_slice())
-        };
-        Ok(Tensor {
-            data_type,
-            shape,
-            data,
-        })
+        let data = if data.as_ptr().addr().is_multiple_of(size) { data } else { Buffer::from(data.as_slice()) };
+        Ok(Tensor { data_type, shape, data })
     }
 
     /// A tensor that takes the vector over without a copy.
@@ -218,18 +192,12 @@ impl Tensor {
     }
 
     /// A tensor over the values of an Arrow array (`array.values().clone()`), without a copy.
-    pub fn from_values<T: Element>(
-        shape: Vec<usize>,
-        values: ScalarBuffer<T>,
-    ) -> Result<Tensor, TensorError> {
+    pub fn from_values<T: Element>(shape: Vec<usize>, values: ScalarBuffer<T>) -> Result<Tensor, TensorError> {
         Tensor::from_buffer(T::DATA_TYPE, shape, values.into_inner())
     }
 
     /// A `BOOL` tensor; the values are copied, since Arrow packs them in bits and tensors in bytes.
-    pub fn from_bools(
-        shape: Vec<usize>,
-        values: impl IntoIterator<Item = bool>,
-    ) -> Result<Tensor, TensorError> {
+    pub fn from_bools(shape: Vec<usize>, values: impl IntoIterator<Item = bool>) -> Result<Tensor, TensorError> {
         let bytes: Vec<u8> = values.into_iter().map(u8::from).collect();
         Tensor::from_buffer(DataType::Bool, shape, Buffer::from_vec(bytes))
     }
@@ -369,10 +337,7 @@ mod tests {
         let values = ScalarBuffer::from(vec![7_i64, 8, 9]);
         let tensor = Tensor::from_values(vec![2, 1], values.slice(1, 2)).unwrap();
         assert_eq!(tensor.as_i64(), Some(&[8, 9][..]));
-        assert_eq!(
-            tensor.data().as_ptr().addr(),
-            values.inner().as_ptr().addr() + 8
-        );
+        assert_eq!(tensor.data().as_ptr().addr(), values.inner().as_ptr().addr() + 8);
     }
 
     #[test]
@@ -397,34 +362,18 @@ mod tests {
     fn truth_values_take_a_byte_each() {
         let tensor = Tensor::from_bools(vec![3], [true, false, true]).unwrap();
         assert_eq!(tensor.data().as_slice(), [1, 0, 1]);
-        assert_eq!(
-            tensor.bools().unwrap().collect::<Vec<_>>(),
-            [true, false, true]
-        );
-        let error =
-            Tensor::from_buffer(DataType::Bool, vec![2], Buffer::from(&[1_u8, 2][..])).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "a BOOL tensor holds 0 and 1, found 2 at element 1"
-        );
+        assert_eq!(tensor.bools().unwrap().collect::<Vec<_>>(), [true, false, true]);
+        let error = Tensor::from_buffer(DataType::Bool, vec![2], Buffer::from(&[1_u8, 2][..])).unwrap_err();
+        assert_eq!(error.to_string(), "a BOOL tensor holds 0 and 1, found 2 at element 1");
     }
 
     #[test]
     fn wrong_lengths_and_types_are_refused() {
         let error = Tensor::from_vec(vec![2, 3], vec![1.0_f32; 5]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "a tensor FP32[2,3] takes 24 bytes, 20 were given"
-        );
+        assert_eq!(error.to_string(), "a tensor FP32[2,3] takes 24 bytes, 20 were given");
         let error = Tensor::from_vec(vec![usize::MAX, 2], vec![1.0_f32]).unwrap_err();
         assert!(matches!(error, TensorError::Overflow { .. }));
-        let error =
-            Tensor::from_buffer(DataType::Bytes, vec![1], Buffer::from(&b"x"[..])).unwrap_err();
-        assert_eq!(
-            error,
-            TensorError::Unsupported {
-                data_type: DataType::Bytes
-            }
-        );
+        let error = Tensor::from_buffer(DataType::Bytes, vec![1], Buffer::from(&b"x"[..])).unwrap_err();
+        assert_eq!(error, TensorError::Unsupported { data_type: DataType::Bytes });
     }
 }

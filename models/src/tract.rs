@@ -9,8 +9,8 @@ use arrow::buffer::Buffer;
 use tract_onnx::Onnx;
 use tract_onnx::pb;
 use tract_onnx::prelude::{
-    Datum, DatumType, Framework, InferenceModel, InferenceModelExt, TDim, TValue, TVec,
-    Tensor as TractTensor, TractResult, TypedRunnableModel, TypedSimplePlan,
+    Datum, DatumType, Framework, InferenceModel, InferenceModelExt, TDim, TValue, TVec, Tensor as TractTensor, TractResult,
+    TypedRunnableModel, TypedSimplePlan,
 };
 use tract_onnx::tract_hir::infer::Factoid;
 
@@ -42,9 +42,7 @@ impl TractModel {
     /// Reads and plans an ONNX file.
     pub(crate) fn load(bytes: &[u8]) -> Result<TractModel, String> {
         let mut reader = bytes;
-        let model = framework()
-            .proto_model_for_read(&mut reader)
-            .map_err(|error| format!("this is no ONNX file: {error:#}"))?;
+        let model = framework().proto_model_for_read(&mut reader).map_err(|error| format!("this is no ONNX file: {error:#}"))?;
         TractModel::from_proto(&model)
     }
 
@@ -56,26 +54,16 @@ impl TractModel {
         onnx::check_outputs(graph)?;
         check_operators(&framework, graph)?;
         let signature = onnx::signature(graph)?;
-        let graph = framework
-            .model_for_proto_model(model)
-            .map_err(|error| format!("{error:#}"))?;
+        let graph = framework.model_for_proto_model(model).map_err(|error| format!("{error:#}"))?;
         let symbolic = match plan_for_any(graph.clone()) {
             Ok(plan) => Some(plan),
             Err(error) if is_fixed(&signature) => return Err(format!("{error:#}")),
             Err(error) => {
-                tracing::debug!(
-                    error = format!("{error:#}"),
-                    "tract plans this model for each shape anew"
-                );
+                tracing::debug!(error = format!("{error:#}"), "tract plans this model for each shape anew");
                 None
             }
         };
-        Ok(TractModel {
-            signature,
-            graph,
-            symbolic,
-            fixed: Mutex::new(Vec::new()),
-        })
+        Ok(TractModel { signature, graph, symbolic, fixed: Mutex::new(Vec::new()) })
     }
 
     /// The plan for these inputs' shapes, from those that are kept or made anew.
@@ -110,30 +98,17 @@ impl Model for TractModel {
         let inputs = bind(&self.signature, inputs)?;
         let ran = match &self.symbolic {
             Some(plan) => plan.run(values(&inputs)?),
-            None => self
-                .fixed_plan(&inputs)
-                .map_err(failed)?
-                .run(values(&inputs)?),
+            None => self.fixed_plan(&inputs).map_err(failed)?.run(values(&inputs)?),
         };
         let outputs = match ran {
             Ok(outputs) => outputs,
             Err(error) if self.symbolic.is_some() => {
-                tracing::debug!(
-                    error = format!("{error:#}"),
-                    "tract takes a plan for the shapes of this call"
-                );
-                self.fixed_plan(&inputs)
-                    .and_then(|plan| plan.run(values(&inputs)?))
-                    .map_err(failed)?
+                tracing::debug!(error = format!("{error:#}"), "tract takes a plan for the shapes of this call");
+                self.fixed_plan(&inputs).and_then(|plan| plan.run(values(&inputs)?)).map_err(failed)?
             }
             Err(error) => return Err(failed(error)),
         };
-        self.signature
-            .outputs
-            .iter()
-            .zip(outputs.iter())
-            .map(|(spec, value)| output(spec, value))
-            .collect()
+        self.signature.outputs.iter().zip(outputs.iter()).map(|(spec, value)| output(spec, value)).collect()
     }
 
     fn backend(&self) -> &'static str {
@@ -142,9 +117,7 @@ impl Model for TractModel {
 }
 
 fn framework() -> Onnx {
-    tract_onnx::onnx()
-        .with_ignore_output_shapes(true)
-        .with_ignore_value_info(true)
+    tract_onnx::onnx().with_ignore_output_shapes(true).with_ignore_value_info(true)
 }
 
 /// Plans with a symbol for every open extent. Unnamed first axes share one: they are the batch.
@@ -183,16 +156,11 @@ fn plan_for(mut graph: InferenceModel, shapes: &[Vec<usize>]) -> TractResult<Pla
 /// Whether every call has the same shapes, so that a plan that fails once fails always. An empty shape may be
 /// an undeclared rank.
 fn is_fixed(signature: &Signature) -> bool {
-    signature.inputs.iter().all(|spec| {
-        !spec.shape.is_empty() && spec.shape.iter().all(|dim| matches!(dim, Dim::Fixed(_)))
-    })
+    signature.inputs.iter().all(|spec| !spec.shape.is_empty() && spec.shape.iter().all(|dim| matches!(dim, Dim::Fixed(_))))
 }
 
 fn failed(error: impl Display) -> InferenceError {
-    InferenceError::Backend {
-        backend: NAME,
-        message: format!("{error:#}"),
-    }
+    InferenceError::Backend { backend: NAME, message: format!("{error:#}") }
 }
 
 /// What tract does not know is said at once, and by name; otherwise the first call would fail.
@@ -239,9 +207,7 @@ fn value(tensor: &Tensor) -> Result<TValue, InferenceError> {
 }
 
 fn copied_in<T: Element + Datum>(tensor: &Tensor) -> Result<TValue, InferenceError> {
-    let elements = tensor
-        .as_slice::<T>()
-        .ok_or_else(|| failed(format!("{tensor} is not of type {}", T::DATA_TYPE)))?;
+    let elements = tensor.as_slice::<T>().ok_or_else(|| failed(format!("{tensor} is not of type {}", T::DATA_TYPE)))?;
     let tensor = TractTensor::from_shape(tensor.shape(), elements).map_err(failed)?;
     Ok(TValue::from(tensor))
 }
@@ -263,35 +229,22 @@ fn output(spec: &TensorSpec, value: &TractTensor) -> Result<Tensor, InferenceErr
             let value = value.cast_to_dt(DatumType::Bool).map_err(failed)?;
             let plain = value.try_as_plain_ram().map_err(failed)?;
             let elements = plain.as_slice::<bool>().map_err(failed)?;
-            Tensor::from_bools(value.shape().to_vec(), elements.iter().copied())
-                .map_err(|error| unreadable(spec, error))
+            Tensor::from_bools(value.shape().to_vec(), elements.iter().copied()).map_err(|error| unreadable(spec, error))
         }
-        DataType::Bytes => Err(unreadable(
-            spec,
-            TensorError::Unsupported {
-                data_type: DataType::Bytes,
-            },
-        )),
+        DataType::Bytes => Err(unreadable(spec, TensorError::Unsupported { data_type: DataType::Bytes })),
     }
 }
 
-fn copied_out<T: Element + Datum>(
-    spec: &TensorSpec,
-    value: &TractTensor,
-) -> Result<Tensor, InferenceError> {
+fn copied_out<T: Element + Datum>(spec: &TensorSpec, value: &TractTensor) -> Result<Tensor, InferenceError> {
     let value = value.cast_to_dt(T::datum_type()).map_err(failed)?;
     let plain = value.try_as_plain_ram().map_err(failed)?;
     let elements = plain.as_slice::<T>().map_err(failed)?;
     let data = Buffer::from_slice_ref::<T, _>(elements);
-    Tensor::from_buffer(T::DATA_TYPE, value.shape().to_vec(), data)
-        .map_err(|error| unreadable(spec, error))
+    Tensor::from_buffer(T::DATA_TYPE, value.shape().to_vec(), data).map_err(|error| unreadable(spec, error))
 }
 
 fn unreadable(spec: &TensorSpec, error: TensorError) -> InferenceError {
-    InferenceError::Output {
-        output: spec.name.clone(),
-        error,
-    }
+    InferenceError::Output { output: spec.name.clone(), error }
 }
 
 #[cfg(test)]
@@ -305,11 +258,7 @@ mod tests {
         Open,
     }
 
-    fn tensor_info(
-        name: &str,
-        element: pb::tensor_proto::DataType,
-        axes: &[Axis],
-    ) -> pb::ValueInfoProto {
+    fn tensor_info(name: &str, element: pb::tensor_proto::DataType, axes: &[Axis]) -> pb::ValueInfoProto {
         use pb::tensor_shape_proto::dimension::Value;
 
         let dim = axes
@@ -323,16 +272,10 @@ mod tests {
                 ..Default::default()
             })
             .collect();
-        let tensor = pb::type_proto::Tensor {
-            elem_type: element as i32,
-            shape: Some(pb::TensorShapeProto { dim }),
-        };
+        let tensor = pb::type_proto::Tensor { elem_type: element as i32, shape: Some(pb::TensorShapeProto { dim }) };
         pb::ValueInfoProto {
             name: name.into(),
-            r#type: Some(pb::TypeProto {
-                value: Some(pb::type_proto::Value::TensorType(tensor)),
-                ..Default::default()
-            }),
+            r#type: Some(pb::TypeProto { value: Some(pb::type_proto::Value::TensorType(tensor)), ..Default::default() }),
             ..Default::default()
         }
     }
@@ -354,10 +297,7 @@ mod tests {
     fn model(graph: pb::GraphProto) -> pb::ModelProto {
         pb::ModelProto {
             ir_version: 8,
-            opset_import: vec![pb::OperatorSetIdProto {
-                domain: String::new(),
-                version: 13,
-            }],
+            opset_import: vec![pb::OperatorSetIdProto { domain: String::new(), version: 13 }],
             graph: Some(graph),
             ..Default::default()
         }
@@ -367,10 +307,7 @@ mod tests {
     fn shifted(axes: &[Axis]) -> pb::ModelProto {
         model(pb::GraphProto {
             name: "shifted".into(),
-            node: vec![
-                node("Add", &["readings", "shift"], "sum"),
-                node("Relu", &["sum"], "score"),
-            ],
+            node: vec![node("Add", &["readings", "shift"], "sum"), node("Relu", &["sum"], "score")],
             initializer: vec![pb::TensorProto {
                 name: "shift".into(),
                 dims: vec![2],
@@ -397,16 +334,10 @@ mod tests {
         for axis in [Axis::Named("N"), Axis::Open] {
             let model = TractModel::from_proto(&shifted(&[axis, Axis::Fixed(2)])).unwrap();
             assert!(model.symbolic.is_some());
-            assert_eq!(
-                model.signature().inputs[0].to_string(),
-                "readings: FP32[?,2]"
-            );
+            assert_eq!(model.signature().inputs[0].to_string(), "readings: FP32[?,2]");
             assert_eq!(model.signature().inputs.len(), 1);
             let one = run(&model, vec![1, 2], vec![1.0, 2.0]);
-            assert_eq!(
-                (one.shape(), one.as_f32()),
-                (&[1, 2][..], Some(&[11.0, 0.0][..]))
-            );
+            assert_eq!((one.shape(), one.as_f32()), (&[1, 2][..], Some(&[11.0, 0.0][..])));
             let two = run(&model, vec![2, 2], vec![-11.0, 12.0, 0.5, 10.5]);
             assert_eq!(two.shape(), [2, 2]);
             assert_eq!(two.as_f32(), Some(&[0.0, 2.0, 10.5, 0.5][..]));
@@ -436,10 +367,7 @@ mod tests {
         let proto = model(pb::GraphProto {
             name: "bigger".into(),
             node: vec![node("Greater", &["a", "b"], "is_bigger")],
-            input: vec![
-                tensor_info("a", Int64, &[Axis::Named("N")]),
-                tensor_info("b", Int64, &[Axis::Named("N")]),
-            ],
+            input: vec![tensor_info("a", Int64, &[Axis::Named("N")]), tensor_info("b", Int64, &[Axis::Named("N")])],
             output: vec![tensor_info("is_bigger", Bool, &[Axis::Named("N")])],
             ..Default::default()
         });
@@ -449,10 +377,7 @@ mod tests {
             ("a", Tensor::from_vec(vec![3], vec![1_i64, 2, 3]).unwrap()),
         ];
         let outputs = model.run(&inputs).unwrap();
-        assert_eq!(
-            outputs[0].bools().unwrap().collect::<Vec<_>>(),
-            [false, false, true]
-        );
+        assert_eq!(outputs[0].bools().unwrap().collect::<Vec<_>>(), [false, false, true]);
     }
 
     #[test]
@@ -464,21 +389,11 @@ mod tests {
 
         let mut dangling = shifted(&[Axis::Open, Axis::Fixed(2)]);
         dangling.graph.as_mut().unwrap().output[0].name = "nowhere".into();
-        assert_eq!(
-            error(&dangling),
-            "nothing in the graph makes its output `nowhere`"
-        );
+        assert_eq!(error(&dangling), "nothing in the graph makes its output `nowhere`");
 
         let mut half = shifted(&[Axis::Open, Axis::Fixed(2)]);
-        half.graph.as_mut().unwrap().input[0] = tensor_info(
-            "readings",
-            pb::tensor_proto::DataType::Float16,
-            &[Axis::Open],
-        );
-        assert_eq!(
-            error(&half),
-            "the input `readings` has the element type FLOAT16, which is not supported"
-        );
+        half.graph.as_mut().unwrap().input[0] = tensor_info("readings", pb::tensor_proto::DataType::Float16, &[Axis::Open]);
+        assert_eq!(error(&half), "the input `readings` has the element type FLOAT16, which is not supported");
 
         let garbage = TractModel::load(b"\xff\xff\xff not a model").err().unwrap();
         assert!(garbage.starts_with("this is no ONNX file: "), "{garbage}");

@@ -36,11 +36,11 @@ enum Format {
 
 impl Check {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let registry = catalog::registry();
+        let (registry, shared) = (catalog::registry(), self.places.shared());
         let mut failed = false;
         let mut findings = Vec::new();
         for file in &self.files {
-            let checked = Checked::read(file, &registry, &self.places)?;
+            let checked = Checked::read(file, &registry, &shared)?;
             failed |= checked.plan.is_none();
             match self.format {
                 Format::Json => findings.extend(checked.diagnostics),
@@ -61,7 +61,13 @@ fn told(checked: &Checked) -> String {
         Some(plan) => {
             text.push_str(&format!("{}: sound\n", checked.path.display()));
             for path in &plan.guarantees {
-                text.push_str(&format!("  {} -> {}: {} ({})\n", path.source, path.sink, path.guarantee.word(), path.reasons.join("; ")));
+                text.push_str(&format!(
+                    "  {} -> {}: {} ({})\n",
+                    path.source,
+                    path.sink,
+                    path.guarantee.word(),
+                    path.reasons.join("; ")
+                ));
             }
             for note in &plan.notes {
                 text.push_str(&format!("  note: {note}\n"));

@@ -61,7 +61,11 @@ impl Demo {
             return Ok(ExitCode::from(FAILED));
         }
         print(&format!("\n$ afferent sql --data-dir {} -c \"{QUERY}\"\n", self.data_dir.display()))?;
-        let asked = Command::new(&program).args(["sql", "--format", "table", "--data-dir"]).arg(&self.data_dir).args(["-c", QUERY]).status()?;
+        let asked = Command::new(&program)
+            .args(["sql", "--format", "table", "--data-dir"])
+            .arg(&self.data_dir)
+            .args(["-c", QUERY])
+            .status()?;
         Ok(if asked.success() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
     }
 }

@@ -32,7 +32,7 @@ enum Format {
 
 impl Explain {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let checked = Checked::read(&self.file, &catalog::registry(), &self.places)?;
+        let checked = Checked::read(&self.file, &catalog::registry(), &self.places.shared())?;
         eprint!("{}", checked.report());
         let Some(plan) = &checked.plan else { return Ok(ExitCode::from(FAILED)) };
         print(&match self.format {

@@ -7,8 +7,7 @@ use afferent_engine::registry::Registry;
 use afferent_pipelines::{Diagnostic, Plan, render};
 use anyhow::Context;
 
-use super::Places;
-use crate::catalog;
+use crate::catalog::Shared;
 
 /// What came of one file.
 pub struct Checked {
@@ -27,9 +26,9 @@ impl Checked {
     ///
     /// # Errors
     /// When it cannot be read; what is wrong inside it is in the findings.
-    pub fn read(path: &Path, registry: &Registry, places: &Places) -> anyhow::Result<Self> {
+    pub fn read(path: &Path, registry: &Registry, shared: &Shared) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-        let context = catalog::plan_context(path, &places.data_dir, places.models.as_deref());
+        let context = shared.plan_context(path);
         let (plan, diagnostics) = afferent_pipelines::check(&text, &path.display().to_string(), registry, &context);
         Ok(Self { path: path.to_owned(), text, plan, diagnostics })
     }

@@ -16,16 +16,22 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::catalog::Shared;
+
 /// Exit code when problems were found or a pipeline failed.
 pub const FAILED: u8 = 1;
 
 /// Dataflow stream engine, model server and AI gateway in one process.
 #[derive(Parser)]
-#[command(version, about, after_help = "Examples:
+#[command(
+    version,
+    about,
+    after_help = "Examples:
   afferent check pipeline.yaml
   afferent run pipeline.yaml
   afferent sql -c 'select * from results limit 10'
-  afferent demo")]
+  afferent demo"
+)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -62,6 +68,13 @@ pub struct Places {
     /// Model repository [default: `models` beside the pipeline, then in the working directory]
     #[arg(long, value_name = "DIR")]
     pub models: Option<PathBuf>,
+}
+
+impl Places {
+    /// What the pipelines of this process share.
+    pub fn shared(&self) -> Shared {
+        Shared::new(&self.data_dir, self.models.as_deref())
+    }
 }
 
 impl Cli {

@@ -75,7 +75,9 @@ pub struct Run {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    serde_json::from_value::<Interval>(serde_json::Value::String(text.to_owned())).map(|interval| interval.0).map_err(|e| e.to_string())
+    serde_json::from_value::<Interval>(serde_json::Value::String(text.to_owned()))
+        .map(|interval| interval.0)
+        .map_err(|e| e.to_string())
 }
 
 impl Run {
@@ -95,11 +97,11 @@ impl Run {
 
     /// Checks all files; `None` after printing what is wrong.
     fn plans(&self) -> anyhow::Result<Option<Vec<Plan>>> {
-        let registry = catalog::registry();
+        let (registry, shared) = (catalog::registry(), self.places.shared());
         let mut plans: Vec<Plan> = Vec::new();
         let mut sound = true;
         for file in &self.files {
-            let checked = Checked::read(file, &registry, &self.places)?;
+            let checked = Checked::read(file, &registry, &shared)?;
             eprint!("{}", checked.report());
             match checked.plan {
                 Some(plan) if plans.iter().any(|other| other.name == plan.name) => {
@@ -124,7 +126,7 @@ impl Run {
         }
         let drain = CancellationToken::new();
         self.watch_signals(drain.clone())?;
-        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::open(&self.places.data_dir).await?));
+        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::new(&self.places.data_dir)));
         let mut running = JoinSet::new();
         for plan in plans {
             for path in &plan.guarantees {
@@ -176,7 +178,9 @@ impl Run {
                     RunError::Changed(_) => format!(
                         "error: {name}: {error}\n  --allow-non-restored-state goes on without the state of those stages\n  --fresh starts over"
                     ),
-                    RunError::DrainLimit(_) => format!("error: {name}: {error}; what was not committed will be processed at the next start"),
+                    RunError::DrainLimit(_) => {
+                        format!("error: {name}: {error}; what was not committed will be processed at the next start")
+                    }
                     _ => format!("error: {name}: {error}"),
                 }
             }
@@ -233,9 +237,17 @@ fn runtimes() -> anyhow::Result<(Runtime, Runtime)> {
 fn lock(data_dir: &Path) -> anyhow::Result<File> {
     durable::create_dir(data_dir).with_context(|| format!("making the data directory {}", data_dir.display()))?;
     let path = data_dir.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| format!("opening {}", path.display()))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("opening {}", path.display()))?;
     if file.try_lock().is_err() {
-        bail!("the data directory {} is in use by another process; stop it, or choose another with --data-dir", data_dir.display());
+        bail!(
+            "the data directory {} is in use by another process; stop it, or choose another with --data-dir",
+            data_dir.display()
+        );
     }
     Ok(file)
 }

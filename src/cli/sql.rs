@@ -66,7 +66,10 @@ impl Sql {
         let context = SessionContext::new_with_config(config);
         let tables = register_all(&context, &self.places.data_dir).await?;
         if tables.is_empty() && !self.places.data_dir.exists() {
-            bail!("there is no data directory {}; say --data-dir, or run a pipeline with a table sink first", self.places.data_dir.display());
+            bail!(
+                "there is no data directory {}; say --data-dir, or run a pipeline with a table sink first",
+                self.places.data_dir.display()
+            );
         }
         let frame = context.sql(query).await.map_err(|e| match tables.as_slice() {
             [] => anyhow::anyhow!("{e}\n  there are no tables in {} yet", self.places.data_dir.display()),

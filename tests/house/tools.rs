@@ -191,9 +191,11 @@ impl Mosquitto {
         let config = folder.path().join("mosquitto.conf");
         // In-memory: the broker is not what is tested, and it is never killed here. Queues are unlimited so
         // that what waits while the engine is down is not the broker's loss.
-        let text = format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nmax_queued_messages 0\n{extra}\n");
+        let text =
+            format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nmax_queued_messages 0\n{extra}\n");
         std::fs::write(&config, text).unwrap();
-        let process = Command::new("/usr/sbin/mosquitto").arg("-c").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let process =
+            Command::new("/usr/sbin/mosquitto").arg("-c").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let process = Running(process.expect("mosquitto is installed (scripts/setup test)"));
         wait_until("mosquitto listens", Duration::from_secs(10), || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
         Self { port, _process: process, _folder: folder }
@@ -216,7 +218,11 @@ impl Mosquitto {
 
     /// mosquitto_pub with the content of a file as one message.
     pub fn publish_file(&self, topic: &str, file: &Path) {
-        succeed(Command::new("mosquitto_pub").args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-t", topic, "-q", "1", "-f"]).arg(file));
+        succeed(
+            Command::new("mosquitto_pub")
+                .args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-t", topic, "-q", "1", "-f"])
+                .arg(file),
+        );
     }
 }
 

@@ -1,0 +1,505 @@
+//! The thread that owns a source's Kafka consumer: polls it, turns records into batches, commits what has become
+//! durable, and answers the group's rebalances. It is a thread because librdkafka calls back from within a poll,
+//! and a rebalance may have to ask brokers or wait for the pipeline, which must not happen on an I/O thread.
+//!
+//! *When the source is not pulled* the thread holds one finished batch and waits for room. After a moment it pauses
+//! the partitions and goes on polling, so that the consumer stays a member of its group however long a sink is
+//! down; what librdkafka has fetched ahead is bounded by `buffer_bytes`.
+//!
+//! *When partitions are taken away* the thread waits, within a deadline, until everything that was handed to the
+//! engine from them is durable, and commits that: the next owner goes on behind it. For partitions that were lost
+//! (we were silent for too long) nothing is waited for and nothing committed, for they are somebody else's already.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use afferent_engine::{Batch, Error, Result};
+use arrow::datatypes::SchemaRef;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Headers};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{Message as _, Offset, TopicPartitionList};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::config::log_line;
+use super::ownership::{Offsets, Ownership};
+use crate::messages::{Message, Messages};
+
+/// How long one poll waits; commits and the end of the thread wait as long at most.
+const POLL: Duration = Duration::from_millis(50);
+/// How long a full hand-over is waited for before the partitions are paused.
+const BEFORE_PAUSE: Duration = Duration::from_secs(1);
+/// How long a question to the brokers may take.
+const QUESTION: Duration = Duration::from_secs(10);
+/// How long the group waits for us to finish what we have of partitions that are taken away. Well below
+/// `max.poll.interval.ms` (5 minutes), within which a member must answer.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Bytes after which a batch is handed on.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// Where to begin in a partition for which neither a stored epoch nor the group knows an offset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Beginning {
+    Earliest,
+    Latest,
+    /// Milliseconds since 1970, UTC.
+    Timestamp(i64),
+    /// There must be a committed offset.
+    Committed,
+}
+
+/// What the thread hands to the source.
+pub(super) enum Chunk {
+    /// Records, and the next offsets behind them.
+    Rows(Batch, Offsets),
+    /// Every partition was read to its end.
+    End,
+    /// The consumer cannot go on.
+    Failed(Error),
+}
+
+/// What thread, callbacks and source share.
+#[derive(Default)]
+pub(super) struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ownership: Ownership,
+    closing: bool,
+    /// Rises with every revocation: rows that were not handed over by then are read again by the next owner.
+    revocations: u64,
+    failure: Option<Error>,
+}
+
+impl Shared {
+    pub(super) fn new(stored: Offsets) -> Self {
+        let state = State { ownership: Ownership::resuming(stored), ..State::default() };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The position of a source that has pulled up to `pulled`.
+    pub(super) fn position(&self, pulled: &Offsets) -> Offsets {
+        self.state().ownership.position(pulled)
+    }
+
+    /// The engine has stored an epoch with this position.
+    pub(super) fn durable(&self, position: &Offsets) {
+        self.state().ownership.durable(position);
+        self.changed.notify_all();
+    }
+
+    /// The source has taken a chunk: there is room again.
+    pub(super) fn pulled(&self) {
+        // Under the lock, or the thread could look for room before this and begin to wait after it.
+        drop(self.state());
+        self.changed.notify_all();
+    }
+
+    /// The thread is to end.
+    pub(super) fn close(&self) {
+        self.state().closing = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Answers librdkafka's callbacks, on the thread.
+pub(super) struct Group {
+    pub shared: Arc<Shared>,
+    pub beginning: Beginning,
+}
+
+impl ClientContext for Group {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        log_line(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        warn!(%error, reason, "kafka client reports an error");
+    }
+}
+
+impl ConsumerContext for Group {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, what: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        let incremental = matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
+        let answered = if what == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+            self.assign(consumer, partitions, incremental)
+        } else {
+            self.revoke(consumer, partitions);
+            if incremental { consumer.incremental_unassign(partitions) } else { consumer.unassign() }
+        };
+        if let Err(cause) = answered {
+            self.fail(Error::fatal(cause).context("answering a rebalance"));
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        match result {
+            // Not committing is always safe: the same records are read again.
+            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) | Ok(()) => {}
+            Err(cause) => warn!(%cause, partitions = offsets.count(), "kafka did not take a commit"),
+        }
+    }
+}
+
+impl Group {
+    fn fail(&self, error: Error) {
+        self.shared.state().failure.get_or_insert(error);
+    }
+
+    fn assign(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList, incremental: bool) -> KafkaResult<()> {
+        let (mut begin, mut unknown) = (Offsets::default(), TopicPartitionList::new());
+        {
+            let mut state = self.shared.state();
+            for element in partitions.elements() {
+                match state.ownership.beginning(element.topic(), element.partition()) {
+                    Some(next) => begin.set(element.topic(), element.partition(), next),
+                    None => {
+                        unknown.add_partition(element.topic(), element.partition());
+                    }
+                }
+            }
+        }
+        // An explicit offset for every partition: were it left to the library, a partition read from its end
+        // would have no position until its first record, and what came during a crash would be skipped.
+        if unknown.count() > 0
+            && let Err(error) = self.look_up(consumer, unknown, &mut begin)
+        {
+            self.fail(error.context("finding out where to begin"));
+        }
+        let mut list = TopicPartitionList::new();
+        for (topic, partition, next) in begin.iter() {
+            list.add_partition_offset(topic, partition, Offset::Offset(next))?;
+        }
+        info!(partitions = list.count(), "kafka partitions assigned");
+        self.shared.state().ownership.assign(&begin);
+        if incremental { consumer.incremental_assign(&list) } else { consumer.assign(&list) }
+    }
+
+    /// Asks the brokers: the group's committed offset, else what the configuration says.
+    fn look_up(&self, consumer: &BaseConsumer<Self>, unknown: TopicPartitionList, begin: &mut Offsets) -> Result<()> {
+        let committed = consumer.committed_offsets(unknown, QUESTION).map_err(Error::fatal)?;
+        let mut fresh = TopicPartitionList::new();
+        for element in committed.elements() {
+            element.error().map_err(Error::fatal)?;
+            match element.offset() {
+                Offset::Offset(next) => begin.set(element.topic(), element.partition(), next),
+                _ => {
+                    fresh.add_partition(element.topic(), element.partition());
+                }
+            }
+        }
+        if fresh.count() == 0 {
+            return Ok(());
+        }
+        if let Beginning::Timestamp(time) = self.beginning {
+            fresh.set_all_offsets(Offset::Offset(time)).map_err(Error::fatal)?;
+            fresh = consumer.offsets_for_times(fresh, QUESTION).map_err(Error::fatal)?;
+        }
+        for element in fresh.elements() {
+            let (topic, partition) = (element.topic(), element.partition());
+            let next = match (self.beginning, element.offset()) {
+                (Beginning::Timestamp(_), Offset::Offset(next)) => next,
+                (Beginning::Earliest, _) => consumer.fetch_watermarks(topic, partition, QUESTION).map_err(Error::fatal)?.0,
+                // No record is as young as the timestamp: all that come are.
+                (Beginning::Latest | Beginning::Timestamp(_), _) => {
+                    consumer.fetch_watermarks(topic, partition, QUESTION).map_err(Error::fatal)?.1
+                }
+                (Beginning::Committed, _) => {
+                    return Err(Error::fatal(format!(
+                        "the group has no committed offset for {topic}/{partition}, and `start` is `committed`"
+                    )));
+                }
+            };
+            begin.set(topic, partition, next);
+        }
+        Ok(())
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) {
+        let lost = consumer.assignment_lost();
+        let mut state = self.shared.state();
+        if !lost {
+            let deadline = std::time::Instant::now() + DRAIN;
+            while !state.closing && state.failure.is_none() && !state.ownership.drained() {
+                let Some(left) = deadline.checked_duration_since(std::time::Instant::now()) else {
+                    warn!("the pipeline did not finish its part of a partition in time; the next owner reads some records again");
+                    break;
+                };
+                state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+            let news = state.ownership.to_commit();
+            drop(state);
+            commit(consumer, &news, CommitMode::Sync);
+            state = self.shared.state();
+        }
+        for element in partitions.elements() {
+            state.ownership.revoke(element.topic(), element.partition(), lost);
+        }
+        state.revocations += 1;
+        info!(partitions = partitions.count(), lost, "kafka partitions revoked");
+    }
+}
+
+/// Tells Kafka; a commit that fails is logged and no error.
+fn commit(consumer: &BaseConsumer<Group>, offsets: &Offsets, mode: CommitMode) {
+    if offsets.is_empty() {
+        return;
+    }
+    let mut list = TopicPartitionList::with_capacity(offsets.len());
+    for (topic, partition, next) in offsets.iter() {
+        if let Err(cause) = list.add_partition_offset(topic, partition, Offset::Offset(next)) {
+            warn!(topic, partition, next, %cause, "an offset cannot be committed");
+        }
+    }
+    match consumer.commit(&list, mode) {
+        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
+        Err(cause) => warn!(%cause, "kafka did not take a commit"),
+    }
+}
+
+/// The thread's own state.
+pub(super) struct Reader {
+    pub consumer: BaseConsumer<Group>,
+    pub shared: Arc<Shared>,
+    pub chunks: mpsc::Sender<Chunk>,
+    pub schema: SchemaRef,
+    pub batch_rows: usize,
+    pub stop_at_end: bool,
+}
+
+/// Records that were read and not handed over yet.
+struct Gathered {
+    rows: Messages,
+    upto: Offsets,
+    ingest: Option<Instant>,
+    /// Partitions that were read to their end.
+    ended: BTreeSet<i32>,
+    /// Revocations that these rows have seen.
+    revocations: u64,
+}
+
+impl Reader {
+    /// Runs until it is told to close, or the source is gone.
+    pub(super) fn run(self) {
+        let mut gathered = Gathered {
+            rows: Messages::new(Arc::clone(&self.schema), 0),
+            upto: Offsets::default(),
+            ingest: None,
+            ended: BTreeSet::new(),
+            revocations: 0,
+        };
+        let mut ended = false;
+        while !self.closing() && !self.chunks.is_closed() {
+            self.commit_news(CommitMode::Async);
+            let step = self.gather(&mut gathered).and_then(|()| self.hand_over(&mut gathered));
+            if let Err(error) = step {
+                self.send(Chunk::Failed(error), &mut gathered);
+                break;
+            }
+            if self.stop_at_end && !ended && self.at_end(&gathered) {
+                ended = self.send(Chunk::End, &mut gathered);
+            }
+        }
+        self.commit_news(CommitMode::Sync);
+        // Dropping the consumer leaves the group; the callback of that must not wait for anybody any more.
+        self.shared.close();
+        debug!("kafka consumer closes");
+    }
+
+    fn closing(&self) -> bool {
+        self.shared.state().closing
+    }
+
+    fn commit_news(&self, mode: CommitMode) {
+        let news = self.shared.state().ownership.to_commit();
+        commit(&self.consumer, &news, mode);
+    }
+
+    fn at_end(&self, gathered: &Gathered) -> bool {
+        let state = self.shared.state();
+        state.ownership.assigned && state.ownership.owned().iter().all(|(_, partition, _)| gathered.ended.contains(&partition))
+    }
+
+    /// Waits for a record, then takes what is there, up to the limits of a batch.
+    fn gather(&self, gathered: &mut Gathered) -> Result<()> {
+        let mut wait = POLL;
+        while gathered.rows.rows() < self.batch_rows && gathered.rows.bytes() < BATCH_BYTES && self.poll(gathered, wait)? {
+            wait = Duration::ZERO;
+        }
+        Ok(())
+    }
+
+    /// One poll; false when nothing came.
+    fn poll(&self, gathered: &mut Gathered, wait: Duration) -> Result<bool> {
+        let polled = self.consumer.poll(wait);
+        self.after_callbacks(gathered)?;
+        match polled {
+            None => return Ok(false),
+            Some(Ok(record)) => {
+                gathered.ended.remove(&record.partition());
+                add(&record, gathered)?;
+            }
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                gathered.ended.insert(partition);
+            }
+            Some(Err(error)) => judge(error)?,
+        }
+        Ok(true)
+    }
+
+    /// A poll may have run callbacks: what they found out is dealt with here.
+    fn after_callbacks(&self, gathered: &mut Gathered) -> Result<()> {
+        let (failure, revocations) = {
+            let mut state = self.shared.state();
+            (state.failure.take(), state.revocations)
+        };
+        if gathered.revocations != revocations {
+            gathered.revocations = revocations;
+            // With the default (eager) protocol all partitions were taken away, and those that come back begin
+            // behind the last row that was handed over.
+            gathered.rows.finish()?;
+            gathered.upto = Offsets::default();
+            gathered.ended.clear();
+            gathered.ingest = None;
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn hand_over(&self, gathered: &mut Gathered) -> Result<()> {
+        if gathered.rows.rows() == 0 {
+            return Ok(());
+        }
+        let batch = Batch::since(gathered.rows.finish()?, gathered.ingest.take().unwrap_or_else(Instant::now));
+        let upto = std::mem::take(&mut gathered.upto);
+        self.send(Chunk::Rows(batch, upto), gathered);
+        Ok(())
+    }
+
+    /// Waits for room and hands the chunk over; false when it was not. Meanwhile the consumer goes on being polled
+    /// with its partitions paused; what it still yields is gathered for the next chunk.
+    fn send(&self, chunk: Chunk, gathered: &mut Gathered) -> bool {
+        let made = gathered.revocations;
+        let began = Instant::now();
+        let mut paused = false;
+        let permit = loop {
+            {
+                let state = self.shared.state();
+                match self.chunks.try_reserve() {
+                    Ok(permit) => break permit,
+                    Err(TrySendError::Full(())) if !state.closing => {
+                        drop(self.shared.changed.wait_timeout(state, POLL).unwrap_or_else(PoisonError::into_inner));
+                    }
+                    // The rows are not missed: they are not committed.
+                    Err(_) => return false,
+                }
+            }
+            if began.elapsed() < BEFORE_PAUSE {
+                continue;
+            }
+            // After a rebalance the new partitions are not paused yet; pausing twice does no harm.
+            match self.consumer.assignment().and_then(|assigned| self.consumer.pause(&assigned)) {
+                Ok(()) => paused = true,
+                Err(cause) => debug!(%cause, "kafka partitions cannot be paused"),
+            }
+            self.commit_news(CommitMode::Async);
+            if let Err(error) = self.poll(gathered, Duration::ZERO) {
+                self.fail_later(error);
+            }
+        };
+        if paused && let Err(cause) = self.consumer.assignment().and_then(|assigned| self.consumer.resume(&assigned)) {
+            self.fail_later(Error::fatal(cause).context("resuming kafka partitions"));
+        }
+        // Rows of partitions that were taken away while they waited here are read by the next owner.
+        if made != gathered.revocations && !matches!(chunk, Chunk::Failed(_)) {
+            return false;
+        }
+        if let Chunk::Rows(_, upto) = &chunk {
+            self.shared.state().ownership.delivered(upto);
+        }
+        permit.send(chunk);
+        true
+    }
+
+    fn fail_later(&self, error: Error) {
+        self.shared.state().failure.get_or_insert(error);
+    }
+}
+
+fn add(record: &BorrowedMessage<'_>, gathered: &mut Gathered) -> Result<()> {
+    let message = Message {
+        payload: record.payload().unwrap_or_default(),
+        key: record.key(),
+        topic: record.topic(),
+        timestamp: record.timestamp().to_millis().unwrap_or_default(),
+        partition: record.partition(),
+        offset: record.offset(),
+    };
+    match record.headers() {
+        None => gathered.rows.push(&message, std::iter::empty(), &[])?,
+        Some(headers) => gathered.rows.push(&message, headers.iter().map(|header| (header.key, header.value)), &[])?,
+    }
+    gathered.upto.set(record.topic(), record.partition(), record.offset() + 1);
+    gathered.ingest.get_or_insert_with(Instant::now);
+    Ok(())
+}
+
+/// Tells errors that pass from those that do not: librdkafka reports both and goes on by itself after the former.
+fn judge(error: KafkaError) -> Result<()> {
+    match error {
+        KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset) => Err(Error::fatal(
+            "a position is no longer in the topic: its records were deleted before they were read; \
+             `options: { auto.offset.reset: earliest }` goes on behind the gap",
+        )),
+        KafkaError::MessageConsumption(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::Authentication
+            | RDKafkaErrorCode::SaslAuthenticationFailed,
+        )
+        | KafkaError::MessageConsumptionFatal(_) => Err(Error::fatal(error)),
+        other => {
+            warn!(error = %other, "kafka consumer reports an error and goes on");
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_that_pass_are_told_from_those_that_do_not() {
+        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)).is_ok());
+        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::GroupAuthorizationFailed)).is_err());
+        let gap = judge(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)).unwrap_err();
+        assert!(gap.to_string().contains("auto.offset.reset"));
+    }
+
+    #[test]
+    fn the_position_is_of_our_partitions_only() {
+        let mut stored = Offsets::default();
+        stored.set("t", 0, 9);
+        let shared = Shared::new(stored);
+        assert_eq!(shared.position(&Offsets::default()).get("t", 0), Some(9));
+        let mut begin = Offsets::default();
+        begin.set("t", 1, 4);
+        shared.state().ownership.assign(&begin);
+        assert_eq!(shared.position(&Offsets::default()), begin);
+    }
+}
