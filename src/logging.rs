@@ -1,6 +1,8 @@
 //! Structured logs on standard error: text for people, JSON for collectors. `AFFERENT_LOG` sets the level
 //! in the words of tracing's `EnvFilter`.
 
+use std::io::IsTerminal;
+
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
@@ -18,9 +20,9 @@ pub enum LogFormat {
 /// Starts logging into `writer`. Called once, before anything logs.
 pub fn start(format: LogFormat, writer: BoxMakeWriter) {
     let filter = EnvFilter::try_from_env("AFFERENT_LOG").unwrap_or_else(|_| {
-        EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=warn,ort=warn")
+        EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=off,ort=warn")
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => builder.with_target(false).init(),
         LogFormat::Json => builder.json().init(),

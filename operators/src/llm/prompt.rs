@@ -113,7 +113,7 @@ mod tests {
     fn columns_are_written_as_people_write_them() {
         let questions = render("{{ device }}: {{ p }}, {{ n }} at {{ ts }}{% if p > 0.9 %}!{% endif %}");
         assert_eq!(questions[0].as_deref(), Ok("<pump> & \"valve\": 0.93, 3 at 1970-01-01T00:00:00Z!"));
-        assert!(questions[1].as_deref().unwrap().starts_with("fan: 0.5, none at "), "{questions:?}");
+        assert!(questions[1].as_deref().unwrap().starts_with("fan: 0.5, None at "), "{questions:?}");
     }
 
     #[test]
