@@ -22,7 +22,8 @@ pub fn start(format: LogFormat, writer: BoxMakeWriter) {
     let filter = EnvFilter::try_from_env("AFFERENT_LOG").unwrap_or_else(|_| {
         EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=off,ort=warn")
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(std::io::stderr().is_terminal());
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Text => builder.with_target(false).init(),
         LogFormat::Json => builder.json().init(),

@@ -4,6 +4,8 @@
 //!
 //! `cargo bench -p afferent-engine --bench hop`
 
+#![expect(clippy::expect_used, clippy::print_stdout, reason = "a benchmark prints, and ends when it cannot go on")]
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,11 +85,18 @@ fn graph(batch: &RecordBatch, count: u64, operators: usize, fused: bool) -> Grap
     let inlet = |from| vec![Inlet { from, port: Port::Output(0), queue: QueueLimit::default(), overflow: Overflow::Block }];
     let records = batch.clone();
     let source = Role::Source(Arc::new(move |_| Ok(Box::new(Batches { batch: records.clone(), left: count }))));
-    let mut nodes = vec![Node { name: "source".into(), component: "bench".into(), role: source, inputs: Vec::new(), fingerprint: 0 }];
+    let mut nodes =
+        vec![Node { name: "source".into(), component: "bench".into(), role: source, inputs: Vec::new(), fingerprint: 0 }];
     for number in 0..operators {
         let build = OperatorBuild::Compute { build: Arc::new(|_| Ok(Box::new(Pass))), stateful: false, heavy: !fused };
         let role = Role::Operator { build, parallelism: 1 };
-        nodes.push(Node { name: format!("pass{number}"), component: "bench".into(), role, inputs: inlet(number), fingerprint: 0 });
+        nodes.push(Node {
+            name: format!("pass{number}"),
+            component: "bench".into(),
+            role,
+            inputs: inlet(number),
+            fingerprint: 0,
+        });
     }
     let role = Role::Sink { build: Arc::new(|_| Ok(Box::new(Null))), commit_interval: Duration::from_millis(50) };
     nodes.push(Node { name: "sink".into(), component: "bench".into(), role, inputs: inlet(operators), fingerprint: 0 });
@@ -158,6 +167,10 @@ fn main() {
             median(runs.collect())
         };
         let plain = median((0..RUNS).map(|_| plain_loop(&batch, COUNT, 3) / 3.0 / COUNT as f64 * 1e9).collect());
-        println!("batches of {rows:>4} rows: fused hop {:>6.0} ns, queued hop {:>6.0} ns, plain call {plain:>6.0} ns", hop(true), hop(false));
+        println!(
+            "batches of {rows:>4} rows: fused hop {:>6.0} ns, queued hop {:>6.0} ns, plain call {plain:>6.0} ns",
+            hop(true),
+            hop(false)
+        );
     }
 }

@@ -185,7 +185,7 @@ impl Coordinator {
             }
             Report::Ended => self.state.ended += 1,
             Report::Passed(epoch, passed) => {
-                self.gather(epoch, passed)?;
+                self.gather(epoch, *passed)?;
                 while self.state.in_flight.front().is_some_and(|first| first.missing == 0) {
                     self.commit_first().await?;
                 }

@@ -51,7 +51,7 @@ pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Re
     let found = batch.schema();
     check(&found, schema, policy)?;
     let column = |field: &Arc<Field>| match batch.column_by_name(field.name()) {
-        Some(array) => fit_array(array, field, policy),
+        Some(array) => fit_array(array, field),
         None => Ok(new_null_array(field.data_type(), batch.num_rows())),
     };
     let columns = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
@@ -59,13 +59,13 @@ pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Re
     RecordBatch::try_new_with_options(schema.clone(), columns, &options).map_err(|error| error.to_string())
 }
 
-fn fit_array(array: &ArrayRef, field: &Field, policy: Policy) -> Result<ArrayRef, String> {
+fn fit_array(array: &ArrayRef, field: &Field) -> Result<ArrayRef, String> {
     let fitted: ArrayRef = match (array.data_type(), field.data_type()) {
         (from, to) if from == to => array.clone(),
         (DataType::Struct(_), DataType::Struct(fields)) => {
             let from = array.as_struct();
             let child = |field: &Arc<Field>| match from.column_by_name(field.name()) {
-                Some(child) => fit_array(child, field, policy),
+                Some(child) => fit_array(child, field),
                 None => Ok(new_null_array(field.data_type(), from.len())),
             };
             let children = fields.iter().map(child).collect::<Result<_, _>>()?;

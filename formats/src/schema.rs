@@ -43,7 +43,7 @@ pub enum Kind {
 
 /// Types of single values. Timestamps are instants, kept in UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // The names say it; `Scalar::name` gives them as they are written.
+#[expect(missing_docs, reason = "the names say it; `Scalar::name` gives them as they are written")]
 pub enum Scalar {
     Boolean,
     Int8,

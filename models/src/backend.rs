@@ -99,7 +99,7 @@ pub enum LoadError {
         /// Its version.
         version: u64,
         /// The contradiction.
-        mismatch: ConfigMismatch,
+        mismatch: Box<ConfigMismatch>,
     },
     /// There is no backend to load it with.
     #[error("{0}")]
@@ -268,7 +268,7 @@ impl Runtime {
         file.config.check(model.signature()).map_err(|mismatch| LoadError::Config {
             model: file.name.clone(),
             version: file.version,
-            mismatch,
+            mismatch: Box::new(mismatch),
         })?;
         Ok(model)
     }

@@ -13,7 +13,7 @@ pub fn closest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
 }
 
 /// The help for an unknown word: the nearest known one, or all of them.
-pub fn instead_of<'a>(word: &str, known: &[&'a str]) -> Option<String> {
+pub fn instead_of(word: &str, known: &[&str]) -> Option<String> {
     match closest(word, known.iter().copied()) {
         Some(candidate) => Some(format!("did you mean `{candidate}`?")),
         None if known.is_empty() => None,

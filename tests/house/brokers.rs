@@ -21,18 +21,22 @@ fn subscribed(scratch: &Scratch) {
 
 #[test]
 fn topic_levels_become_columns_in_both_protocol_versions_and_qualities() {
-    for options in ["protocol: v3_1_1, qos: at_least_once", "protocol: v5, qos: at_least_once", "protocol: v5, qos: at_most_once"] {
+    for options in ["protocol: v3_1_1, qos: at_least_once", "protocol: v5, qos: at_least_once", "protocol: v5, qos: at_most_once"]
+    {
         let broker = Mosquitto::start("");
         let scratch = Scratch::new();
         let pipeline = scratch.write("mqtt.yaml", mqtt_pipeline(&broker, options));
         let running = scratch.start("run", &[&pipeline], |_| {});
         subscribed(&scratch);
-        let lines = |from: i64| (from..from + 300).map(|id| format!("{{\"id\": {id}, \"v\": {}}}\n", id as f64 / 2.0)).collect::<String>();
+        let lines = |from: i64| {
+            (from..from + 300).map(|id| format!("{{\"id\": {id}, \"v\": {}}}\n", id as f64 / 2.0)).collect::<String>()
+        };
         broker.publish_lines("plant/north/p1/v", &lines(0));
         broker.publish_lines("plant/south/p2/v", &lines(300));
         wait_until("all rows are there", Duration::from_secs(20), || scratch.number("select count(*) from readings") == 600);
         running.drain();
-        let csv = scratch.sql("select site, device, count(*) as n, sum(v) as v from readings group by site, device order by site");
+        let csv =
+            scratch.sql("select site, device, count(*) as n, sum(v) as v from readings group by site, device order by site");
         assert_eq!(csv, "site,device,n,v\nnorth,p1,300,22425.0\nsouth,p2,300,67425.0\n", "{options}");
     }
 }
@@ -64,7 +68,17 @@ fn the_broker_may_go_away_and_come_back() {
             scratch.path("").display()
         ),
     );
-    let start = || Running(Command::new("/usr/sbin/mosquitto").arg("-c").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let start = || {
+        Running(
+            Command::new("/usr/sbin/mosquitto")
+                .arg("-c")
+                .arg(&config)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap(),
+        )
+    };
     let pipeline = scratch.write(
         "mqtt.yaml",
         format!(
@@ -87,7 +101,9 @@ fn the_broker_may_go_away_and_come_back() {
             .unwrap();
         std::io::Write::write_all(&mut publisher.stdin.take().unwrap(), lines.as_bytes()).unwrap();
         assert!(publisher.wait().unwrap().success());
-        wait_until("the rows are there", Duration::from_secs(60), || scratch.number("select count(distinct id) from readings") == sent);
+        wait_until("the rows are there", Duration::from_secs(60), || {
+            scratch.number("select count(distinct id) from readings") == sent
+        });
         broker.kill();
     }
     let broker = start();
@@ -113,7 +129,9 @@ fn an_mqtt_sink_publishes_to_the_topic_of_each_row_and_the_whole_way_back() {
     subscribed(&scratch);
     let other = Scratch::new();
     other.run(&[&devices]);
-    wait_until("all rows are there", Duration::from_secs(20), || scratch.number("select count(distinct id) from readings") == 500);
+    wait_until("all rows are there", Duration::from_secs(20), || {
+        scratch.number("select count(distinct id) from readings") == 500
+    });
     running.drain();
     assert_eq!(scratch.number("select count(distinct device) from readings"), 2);
 }

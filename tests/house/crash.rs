@@ -35,7 +35,11 @@ impl Publisher {
 /// How often each id is in a table.
 fn counts(scratch: &Scratch, table: &str) -> BTreeMap<i64, i64> {
     let csv = scratch.sql(&format!("select id, count(*) as n from {table} group by id"));
-    csv.lines().skip(1).map(|line| line.split_once(',').unwrap()).map(|(id, n)| (id.parse().unwrap(), n.parse().unwrap())).collect()
+    csv.lines()
+        .skip(1)
+        .map(|line| line.split_once(',').unwrap())
+        .map(|(id, n)| (id.parse().unwrap(), n.parse().unwrap()))
+        .collect()
 }
 
 fn mqtt_to_table(scratch: &Scratch, broker: &Mosquitto) -> PathBuf {
@@ -118,7 +122,8 @@ fn a_build_that_acknowledges_at_pick_up_loses_under_kill_9() {
 fn kill_9_between_a_file_and_a_table_keeps_each_row_once() {
     let scratch = Scratch::new();
     let rows = 6000;
-    let lines: String = (0..rows).map(|id| format!("{{\"id\":{id},\"ts\":\"2026-01-01T00:00:{:02}.{:03}Z\"}}\n", id / 1000, id % 1000)).collect();
+    let lines: String =
+        (0..rows).map(|id| format!("{{\"id\":{id},\"ts\":\"2026-01-01T00:00:{:02}.{:03}Z\"}}\n", id / 1000, id % 1000)).collect();
     scratch.write("rows.jsonl", lines);
     let pipeline = scratch.write(
         "file.yaml",
@@ -220,11 +225,20 @@ fn tail_and_checkpoint_are_synced_before_the_puback() {
     // A PUBACK is 0x40, length 2, packet id.
     let puback = lines.iter().position(|line| line.contains("\"@\\2\\0") && line.contains("TCP:")).expect("a PUBACK was sent");
     let synced = |path: &str| lines[..puback].iter().any(|line| is_sync(line) && line.contains(path));
-    for path in ["/data/tails/readings/", "/data/tails/readings>", "/data/pipelines/kill/checkpoint.redb", "/data/pipelines/kill>"] {
-        assert!(synced(path), "{path} was not synced before the PUBACK:\n{}", lines[..puback].iter().filter(|l| is_sync(l)).copied().collect::<Vec<_>>().join("\n"));
+    for path in
+        ["/data/tails/readings/", "/data/tails/readings>", "/data/pipelines/kill/checkpoint.redb", "/data/pipelines/kill>"]
+    {
+        assert!(
+            synced(path),
+            "{path} was not synced before the PUBACK:\n{}",
+            lines[..puback].iter().filter(|l| is_sync(l)).copied().collect::<Vec<_>>().join("\n")
+        );
     }
     // What Delta commits at the drain is synced, too, with its directory.
-    assert!(lines.iter().any(|line| is_sync(line) && line.contains("_delta_log>")), "the directory of Delta's log was never synced");
+    assert!(
+        lines.iter().any(|line| is_sync(line) && line.contains("_delta_log>")),
+        "the directory of Delta's log was never synced"
+    );
 }
 
 /// A disk whose power is cut: see tests/tools/powercut.
@@ -276,7 +290,12 @@ fn missing_after_cuts(cuts: usize, sabotage: Option<&str>) -> usize {
         disk.powercut(&["cut"], &[&name]);
         disk.powercut(&["boot"], &[&name]);
         let data = disk.0.join(&name).join("data");
-        let output = crate::tools::afferent().args(["sql", "--format", "csv", "--data-dir"]).arg(&data).args(["-c", "select distinct id from readings"]).output().unwrap();
+        let output = crate::tools::afferent()
+            .args(["sql", "--format", "csv", "--data-dir"])
+            .arg(&data)
+            .args(["-c", "select distinct id from readings"])
+            .output()
+            .unwrap();
         let there: BTreeSet<i64> = String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| line.parse().ok()).collect();
         missing += (0..acked).filter(|id| !there.contains(id)).count();
         disk.powercut(&["halt"], &[&name]);

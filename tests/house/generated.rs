@@ -1,7 +1,7 @@
 //! What is generated from the components' structs and committed: the JSON Schema that editors read and the
 //! reference page. Both must be current, the schema valid, and every example in them a thing that works.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use afferent_engine::registry::Registry;
 use jsonschema::Validator;
@@ -95,22 +95,22 @@ fn the_schema_accepts_the_example_of_every_component() {
 }
 
 /// The pipelines under `examples` and `tests/pipelines`: all of them are sound.
-pub fn shipped() -> Vec<PathBuf> {
-    ["examples", "tests/pipelines"].iter().flat_map(|folder| pipelines_in(&root().join(folder))).collect()
+fn shipped() -> Vec<PathBuf> {
+    ["examples", "tests/pipelines"].into_iter().flat_map(pipelines_in).collect()
 }
 
-/// The YAML files in the folders of a folder.
-fn pipelines_in(folder: &Path) -> Vec<PathBuf> {
-    let pattern = folder.join("*/*.yaml");
+/// The YAML files in the folders of a folder of the repository.
+pub fn pipelines_in(folder: &str) -> Vec<PathBuf> {
+    let inside = |path: PathBuf| std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", pattern.display())) {
+    for entry in inside(root().join(folder)) {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            let inside = std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path());
-            files.extend(inside.filter(|file| file.extension().is_some_and(|ending| ending == "yaml")));
+            files.extend(inside(path).map(|entry| entry.unwrap().path()));
         }
     }
-    assert!(!files.is_empty(), "nothing matches {}", pattern.display());
+    files.retain(|file| file.extension().is_some_and(|ending| ending == "yaml"));
+    assert!(!files.is_empty(), "no pipelines in {folder}");
     files.sort();
     files
 }

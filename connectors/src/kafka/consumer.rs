@@ -241,7 +241,7 @@ impl Group {
                 };
                 state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             }
-            let news = state.ownership.to_commit();
+            let news = state.ownership.take_committable();
             drop(state);
             commit(consumer, &news, CommitMode::Sync);
             state = self.shared.state();
@@ -325,7 +325,7 @@ impl Reader {
     }
 
     fn commit_news(&self, mode: CommitMode) {
-        let news = self.shared.state().ownership.to_commit();
+        let news = self.shared.state().ownership.take_committable();
         commit(&self.consumer, &news, mode);
     }
 

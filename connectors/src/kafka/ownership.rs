@@ -128,7 +128,7 @@ impl Ownership {
     }
 
     /// What Kafka is to be told now: durable, ours, and not told yet. It counts as told from now on.
-    pub(super) fn to_commit(&mut self) -> Offsets {
+    pub(super) fn take_committable(&mut self) -> Offsets {
         let mut news = Offsets::default();
         for (topic, partition, next) in self.durable.iter() {
             if self.committed.get(topic, partition) != Some(next) {
@@ -205,14 +205,14 @@ mod tests {
         let mut ownership = Ownership::default();
         ownership.assign(&offsets(&[(0, 10), (1, 10)]));
         ownership.delivered(&offsets(&[(0, 20), (1, 20)]));
-        assert!(ownership.to_commit().is_empty());
+        assert!(ownership.take_committable().is_empty());
         ownership.durable(&offsets(&[(0, 15), (1, 20), (2, 99)]));
-        assert_eq!(ownership.to_commit(), offsets(&[(0, 15), (1, 20)]));
-        assert!(ownership.to_commit().is_empty());
+        assert_eq!(ownership.take_committable(), offsets(&[(0, 15), (1, 20)]));
+        assert!(ownership.take_committable().is_empty());
         assert!(!ownership.drained());
         ownership.durable(&offsets(&[(0, 20)]));
         assert!(ownership.drained());
-        assert_eq!(ownership.to_commit(), offsets(&[(0, 20)]));
+        assert_eq!(ownership.take_committable(), offsets(&[(0, 20)]));
     }
 
     #[test]
@@ -222,10 +222,10 @@ mod tests {
         ownership.delivered(&offsets(&[(0, 120)]));
         ownership.revoke("t", 0, true);
         ownership.durable(&offsets(&[(0, 120)]));
-        assert!(ownership.to_commit().is_empty());
+        assert!(ownership.take_committable().is_empty());
         ownership.assign(&offsets(&[(0, 500)]));
         ownership.durable(&offsets(&[(0, 120)]));
-        assert!(ownership.to_commit().is_empty(), "it would set the group back");
+        assert!(ownership.take_committable().is_empty(), "it would set the group back");
         assert_eq!(ownership.position(&offsets(&[(0, 120)])), offsets(&[(0, 500)]));
     }
 

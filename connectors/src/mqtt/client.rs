@@ -37,8 +37,6 @@ pub(super) enum Link {
 }
 
 /// What the connection reports.
-// Made and taken apart once a message; a box would cost an allocation each time.
-#[allow(clippy::large_enum_variant)]
 pub(super) enum Event {
     Connected(Connected),
     Message(Message),
@@ -76,7 +74,6 @@ pub(super) struct Broken {
 }
 
 /// A message as the library holds it; its bytes are not copied.
-#[allow(clippy::large_enum_variant)]
 pub(super) enum Message {
     V311(rumqttc::Publish),
     V5(mqtt5::Publish),

@@ -78,6 +78,7 @@ pub enum Protocol {
 /// How often a message is delivered between a client and the broker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[expect(clippy::enum_variant_names, reason = "the words of the MQTT specification")]
 pub enum Qos {
     /// QoS 0: not acknowledged, gone when something fails.
     AtMostOnce,

@@ -150,7 +150,7 @@ impl Chain {
             }
             passed.rejected.extend(link.rejects.at_barrier(&self.context).map_err(|e| failed(&link.name, e))?);
         }
-        self.context.report(Report::Passed(epoch, passed)).await?;
+        self.context.report(Report::Passed(epoch, Box::new(passed))).await?;
         self.outbox.broadcast(&Element::Barrier(epoch));
         Ok(self.outbox.flush().await?)
     }

@@ -63,7 +63,7 @@ pub(crate) enum Report {
     /// A source has read its input to the end.
     Ended,
     /// A task has passed a barrier.
-    Passed(Epoch, Passed),
+    Passed(Epoch, Box<Passed>),
 }
 
 /// What a task hands over when a barrier passes it.

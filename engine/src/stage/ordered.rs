@@ -181,7 +181,7 @@ impl Ordered {
     async fn barrier(&mut self, epoch: Epoch) -> std::result::Result<(), Stop> {
         let rejected = self.rejects.at_barrier(&self.context).map_err(|e| failed(&self.name, e))?;
         let passed = Passed { rejected: rejected.into_iter().collect(), ..Passed::default() };
-        self.context.report(Report::Passed(epoch, passed)).await?;
+        self.context.report(Report::Passed(epoch, Box::new(passed))).await?;
         self.outbox.broadcast(&Element::Barrier(epoch));
         Ok(self.outbox.flush().await?)
     }

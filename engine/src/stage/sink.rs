@@ -101,7 +101,7 @@ impl SinkStage {
         let rejected = self.rejects.at_barrier(&self.context).map_err(|e| failed(&self.name, e))?;
         let passed =
             Passed { sink: Some((self.name.clone(), prepared)), rejected: rejected.into_iter().collect(), ..Passed::default() };
-        self.context.report(Report::Passed(epoch, passed)).await
+        self.context.report(Report::Passed(epoch, Box::new(passed))).await
     }
 
     fn class_of(&self, error: &Error) -> Class {

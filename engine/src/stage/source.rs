@@ -148,7 +148,7 @@ impl SourceStage {
             rejected: rejected.into_iter().collect(),
             ..Passed::default()
         };
-        self.context.report(Report::Passed(epoch, passed)).await
+        self.context.report(Report::Passed(epoch, Box::new(passed))).await
     }
 
     /// Tells the peer. A commit that fails is not repeated: the next one covers it, and not committing

@@ -146,8 +146,11 @@ pub(super) fn bind(spec: &TensorSpec, names: &[String], stack: Option<Stack>, sc
     })
 }
 
-/// Index and axes of each column, if all exist and have values that become elements of the input.
-fn find(spec: &TensorSpec, names: &[String], schema: &Schema, place: &str) -> Result<(Vec<usize>, Vec<Vec<Dim>>), Vec<Problem>> {
+/// Index and axes of each column.
+type Found = (Vec<usize>, Vec<Vec<Dim>>);
+
+/// The columns of an input, if all exist and have values that become elements of it.
+fn find(spec: &TensorSpec, names: &[String], schema: &Schema, place: &str) -> Result<Found, Vec<Problem>> {
     let mut problems = Vec::new();
     let (mut indices, mut all_axes) = (Vec::new(), Vec::new());
     for (at, name) in names.iter().enumerate() {

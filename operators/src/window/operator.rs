@@ -227,7 +227,7 @@ mod tests {
         for reading in readings {
             let all = keys.entry(reading.0).or_default();
             all.push(*reading);
-            if all.len() >= rows && (all.len() - rows) % step == 0 {
+            if all.len() >= rows && (all.len() - rows).is_multiple_of(step) {
                 out.push(row(&all[all.len() - rows..]));
             }
         }
