@@ -52,8 +52,8 @@ impl Sink for Discard {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
-        Ok(Prepared::Null)
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
+        Ok((Prepared::Null, Vec::new()))
     }
 
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {
@@ -96,7 +96,7 @@ mod tests {
             let batch = RecordBatch::try_from_iter([("n", column)]).unwrap();
             assert!(sink.write(0, Batch::new(batch)).await.unwrap().is_empty());
         }
-        let prepared = sink.prepare(Epoch::start(1).next()).await.unwrap();
+        let prepared = sink.prepare(Epoch::start(1).next()).await.unwrap().0;
         sink.finish(Epoch::start(1).next(), &prepared).await.unwrap();
         assert_eq!(context.dropped("discard").get(), 7);
     }

@@ -244,9 +244,9 @@ impl<W: Write + Send + 'static> Sink for Stdout<W> {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         self.flush().await?;
-        Ok(Prepared::Null)
+        Ok((Prepared::Null, Vec::new()))
     }
 
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {

@@ -65,8 +65,8 @@ impl Sink for Null {
     async fn write(&mut self, _: usize, _: Batch) -> Result<Vec<Rejected>> {
         Ok(Vec::new())
     }
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
-        Ok(Prepared::Null)
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
+        Ok((Prepared::Null, Vec::new()))
     }
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {
         Ok(())

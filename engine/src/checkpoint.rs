@@ -198,7 +198,12 @@ impl Checkpoints {
 
     /// Stores an epoch. When this returns, it is on the disk.
     pub(crate) fn store(&self, epoch: Epoch, record: &Record) -> Result<()> {
-        self.write(|transaction| {
+        let stored = self.write(|transaction| {
+            let run = transaction.open_table(META)?.get("run")?.map_or(0, |value| value.value());
+            if run > u64::from(epoch.run()) {
+                // This call was still under way when the pipeline began again, and that start knows nothing of it.
+                return Ok(false);
+            }
             transaction.open_table(META)?.insert("epoch", epoch.as_u64())?;
             let mut sources = transaction.open_table(SOURCES)?;
             for (stage, mark) in &record.sources {
@@ -228,8 +233,9 @@ impl Checkpoints {
                 }
                 meta.insert("rejected", number)?;
             }
-            Ok(())
-        })
+            Ok(true)
+        })?;
+        if stored { Ok(()) } else { Err(Error::fatal(format!("epoch {epoch} belongs to an earlier start"))) }
     }
 
     /// The oldest rejected rows that have not been moved to the dead-letter table yet: number and Arrow
@@ -292,15 +298,14 @@ impl Checkpoints {
         })
     }
 
-    /// Forgets what is stored for `stages`, and takes down the fingerprints of the pipeline as it is now.
+    /// Forgets positions and state of the stages in `forget`, and takes down the fingerprints of the pipeline as it
+    /// is now. What a sink has prepared stays: its epoch is stored, and the sink finishes it.
     pub(crate) fn adopt(&self, forget: &[String], fingerprints: &[(String, u64)]) -> Result<()> {
         self.write(|transaction| {
             let mut sources = transaction.open_table(SOURCES)?;
-            let mut sinks = transaction.open_table(SINKS)?;
             let mut state = transaction.open_table(STATE)?;
             for stage in forget {
                 sources.remove(stage.as_str())?;
-                sinks.remove(stage.as_str())?;
                 state.retain(|(owner, _), _| owner != stage)?;
             }
             let mut stored = transaction.open_table(FINGERPRINTS)?;

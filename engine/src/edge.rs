@@ -103,6 +103,7 @@ impl Drop for Shared {
         let queue = self.queue.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.metrics.queue_rows.sub(queue.rows as f64);
         self.metrics.queue_bytes.sub(queue.bytes as f64);
+        self.metrics.queue_fill.set(0.0);
     }
 }
 

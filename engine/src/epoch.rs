@@ -18,9 +18,12 @@ use crate::stage::{Passed, Report, SinkCommand, SourceCommand};
 /// Epochs that may be under way at once. More only helps while an fsync takes longer than the commit
 /// interval, and every one more widens what a crash repeats.
 pub(crate) const EPOCHS_IN_FLIGHT: usize = 4;
-/// Room for commands to one stage: a barrier and a commit for each epoch in flight, drain and close. The
+/// Room for commands to one stage: a barrier, a commit and a hold for each epoch in flight, drain and close. The
 /// coordinator never waits for a stage, so this must never fill up.
-pub(crate) const COMMANDS: usize = 2 * EPOCHS_IN_FLIGHT + 8;
+pub(crate) const COMMANDS: usize = 3 * EPOCHS_IN_FLIGHT + 8;
+
+/// How often the age of uncommitted rows is measured while nothing else happens.
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
 /// How stored epochs reach the disk: on a thread that may block, or in place (simulation).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +64,8 @@ pub(crate) struct Pacing {
     /// Ingest of the earliest row that no barrier covers yet.
     uncommitted: Option<Instant>,
     urgent: bool,
+    /// Sources were told to hold until the next barrier.
+    held: bool,
     last_barrier: Option<Instant>,
     ended: usize,
     draining: bool,
@@ -75,6 +80,7 @@ impl Pacing {
             in_flight: VecDeque::new(),
             uncommitted: None,
             urgent: false,
+            held: false,
             last_barrier: None,
             ended: 0,
             draining: false,
@@ -112,6 +118,8 @@ impl Coordinator {
                     None => return Err(Error::fatal("every stage is gone")),
                 },
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.begin_epoch()?,
+                // Nothing comes from a stage that waits for its peer, and the age grows all the same.
+                () = sleep_until(Instant::now() + MEASURE_EVERY), if self.oldest().is_some() => {}
                 () = drain.cancelled(), if !self.state.draining => {
                     self.state.draining = true;
                     for (name, source) in &self.sources {
@@ -166,6 +174,7 @@ impl Coordinator {
             record: Record::default(),
         });
         state.urgent = false;
+        state.held = false;
         state.last_barrier = Some(Instant::now());
         for (name, source) in &self.sources {
             command(name, source, SourceCommand::Barrier(epoch))?;
@@ -182,6 +191,17 @@ impl Coordinator {
             Report::Urgent => {
                 self.state.urgent = true;
                 self.state.uncommitted.get_or_insert_with(Instant::now);
+            }
+            Report::Full => {
+                self.state.urgent = true;
+                self.state.uncommitted.get_or_insert_with(Instant::now);
+                // An epoch that a stuck sink holds up keeps the next one from beginning: without this, rows that are
+                // rejected before they reach that sink would gather without bound.
+                if !self.state.in_flight.is_empty() && !std::mem::replace(&mut self.state.held, true) {
+                    for (name, source) in &self.sources {
+                        command(name, source, SourceCommand::Hold)?;
+                    }
+                }
             }
             Report::Ended => self.state.ended += 1,
             Report::Passed(epoch, passed) => {
@@ -243,9 +263,13 @@ impl Coordinator {
         Ok(())
     }
 
+    /// Ingest of the earliest row that is not durable.
+    fn oldest(&self) -> Option<Instant> {
+        self.state.in_flight.iter().filter_map(|in_flight| in_flight.since).chain(self.state.uncommitted).min()
+    }
+
     fn measure_age(&self) {
-        let oldest = self.state.in_flight.iter().filter_map(|in_flight| in_flight.since).chain(self.state.uncommitted).min();
-        self.metrics.uncommitted_age.set(oldest.map_or(0.0, |since| since.elapsed().as_secs_f64()));
+        self.metrics.uncommitted_age.set(self.oldest().map_or(0.0, |since| since.elapsed().as_secs_f64()));
     }
 }
 

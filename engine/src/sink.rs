@@ -33,11 +33,12 @@ pub trait Sink: Send {
     /// rows are rejected. `Fatal`: restart.
     async fn write(&mut self, input: usize, batch: Batch) -> Result<Vec<Rejected>>;
 
-    /// Makes everything written so far durable, or prepares it so that `finish` cannot fail for good.
+    /// Makes everything written so far durable, or prepares it so that `finish` cannot fail for good. Returns
+    /// what finishing needs, and the rows that the peer turned out never to take.
     ///
     /// # Errors
     /// As `write`; the epoch is not stored before this succeeds.
-    async fn prepare(&mut self, epoch: Epoch) -> Result<Prepared>;
+    async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)>;
 
     /// The epoch is stored: make what was prepared visible.
     ///

@@ -31,6 +31,8 @@ const REPORTS: usize = 256;
 const MOVED_BYTES: usize = 16 * 1024 * 1024;
 /// Restarts in a row without one committed epoch after which the pipeline is given up.
 const FUTILE_RESTARTS: u32 = 8;
+/// A run that lasted this long was not futile, even if an idle stream gave it nothing to commit.
+const LONG_LIFE: Duration = Duration::from_secs(60);
 /// How often dead letters are moved at most: each move is a commit of the table.
 const MOVE_EVERY: Duration = Duration::from_secs(1);
 
@@ -140,15 +142,17 @@ async fn supervise(graph: &Graph, options: &Options) -> std::result::Result<Endi
     let metrics = options.metrics.pipeline(&graph.name);
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10), options.seed);
     loop {
-        let committed_before = metrics.epochs.get();
+        let (committed_before, began) = (metrics.epochs.get(), Instant::now());
         let error = match attempt(graph, options).await {
             Ok(ending) => {
-                move_dead_letters(graph, options).await?;
+                if let Err(error) = move_dead_letters(graph, options).await {
+                    tracing::warn!(%error, "moving dead letters failed; they stay in the checkpoint store until the next start");
+                }
                 return Ok(ending);
             }
             Err(error) => error,
         };
-        if metrics.epochs.get() > committed_before {
+        if metrics.epochs.get() > committed_before || began.elapsed() > LONG_LIFE {
             backoff.reset();
         }
         let restarts = backoff.tries();
@@ -181,7 +185,9 @@ fn adopt(graph: &Graph, options: &Options) -> std::result::Result<(), RunError> 
     for stage in options.store.stages()? {
         let now = graph.nodes.iter().find(|node| node.name == stage);
         let change = match (now, stored.get(&stage)) {
-            (None, _) => format!("stage `{stage}` is gone"),
+            (None, Some(_)) => format!("stage `{stage}` is gone"),
+            // It left earlier, which was told then.
+            (None, None) => continue,
             (Some(node), Some(fingerprint)) if *fingerprint != node.fingerprint => {
                 format!("the configuration of stage `{stage}` is another")
             }
@@ -234,11 +240,14 @@ async fn attempt(graph: &Graph, options: &Options) -> Result<Ending> {
         rejects_stored: Arc::clone(&rejects_stored),
         state: Pacing::from(Epoch::start(run)),
     };
+    // What an earlier run left behind is moved first.
+    rejects_stored.notify_one();
     let mover = async {
         loop {
             rejects_stored.notified().await;
             if let Err(error) = move_dead_letters(graph, options).await {
-                tracing::warn!(%error, "moving dead letters failed; they stay in the checkpoint store");
+                tracing::warn!(%error, "moving dead letters failed; they stay in the checkpoint store for now");
+                rejects_stored.notify_one();
             }
             sleep(MOVE_EVERY).await;
         }

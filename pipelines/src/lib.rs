@@ -17,6 +17,7 @@ mod lint;
 pub mod plan;
 mod planner;
 mod reference;
+mod references;
 mod schema;
 mod shape;
 pub mod spec;

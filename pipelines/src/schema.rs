@@ -6,6 +6,7 @@ use afferent_engine::registry::Registry;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
+use crate::references::allow_references;
 use crate::spec::{Envelope, StageKind};
 
 /// The schema of the top level: the envelope, and sections about which it only says that they are maps.
@@ -39,6 +40,7 @@ pub fn pipeline_schema(registry: &Registry) -> Value {
     }
     schema["title"] = json!("Afferent pipeline");
     schema["$defs"] = Value::Object(definitions);
+    allow_references(&mut schema);
     canonical(&schema)
 }
 

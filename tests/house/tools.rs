@@ -215,6 +215,12 @@ impl Mosquitto {
         child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
         assert!(child.wait().unwrap().success());
     }
+
+    /// mosquitto_pub with the content of a file as one message.
+    pub fn publish_file(&self, topic: &str, file: &Path) {
+        let port = self.port.to_string();
+        succeed(Command::new("mosquitto_pub").args(["-h", "127.0.0.1", "-p", &port, "-t", topic, "-q", "1", "-f"]).arg(file));
+    }
 }
 
 /// Apache Kafka in KRaft mode on a free port, one broker.

@@ -131,6 +131,11 @@ fn open(path: &Path, stored: Option<u64>) -> Result<Opened> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(failed(error)),
     };
+    if stored.is_some() && remembered.is_some() {
+        // A crash came between the first stored epoch and the removal of the mark from before it.
+        fs::remove_file(&start).map_err(failed)?;
+        durable::sync_dir(folder_of(path));
+    }
     let length = match (stored, remembered) {
         (Some(length), _) => length,
         // The last run came to an end before its first epoch.
@@ -143,7 +148,7 @@ fn open(path: &Path, stored: Option<u64>) -> Result<Opened> {
     if found < length {
         return Err(Error::fatal(format!(
             "{} has {found} bytes where the last durable point of the pipeline has {length}; somebody else has changed it. \
-             Put it back, or start over with --fresh",
+             Put it back, or give the sink another path",
             path.display()
         )));
     }
@@ -157,7 +162,7 @@ fn open(path: &Path, stored: Option<u64>) -> Result<Opened> {
         file.seek(SeekFrom::Start(length - 1)).and_then(|_| file.read_exact(&mut last)).map_err(failed)?;
         unfinished = last != *b"\n";
     }
-    Ok(Opened { file, length, unfinished, remembered: stored.is_none() || remembered.is_some() })
+    Ok(Opened { file, length, unfinished, remembered: stored.is_none() })
 }
 
 fn remember(start: &Path, length: u64) -> io::Result<()> {
@@ -177,13 +182,8 @@ impl Sink for Append {
                 let stored: Written = serde_json::from_value(prepared.clone()).map_err(|error| {
                     Error::fatal(error).context(format!("reading what epoch {epoch} holds of {}", self.written))
                 })?;
-                if stored.path != self.written {
-                    return Err(Error::fatal(format!(
-                        "the pipeline has written to {} so far and cannot go on in {}; start over with --fresh",
-                        stored.path, self.written
-                    )));
-                }
-                Some(stored.length)
+                // What was written under another path stays as it is there; this is another file.
+                (stored.path == self.written).then_some(stored.length)
             }
         };
         let path = self.path.clone();
@@ -215,14 +215,15 @@ impl Sink for Append {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         let file = self.flush()?;
         if self.synced != self.length {
             let path = self.path.clone();
             spawn_blocking(move || durable::sync(&file, &path)).await.map_err(Error::fatal)?;
             self.synced = self.length;
         }
-        serde_json::to_value(Written { path: self.written.clone(), length: self.length }).map_err(Error::fatal)
+        let prepared = serde_json::to_value(Written { path: self.written.clone(), length: self.length }).map_err(Error::fatal)?;
+        Ok((prepared, Vec::new()))
     }
 
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {
@@ -284,7 +285,7 @@ mod tests {
         let mut first = sink(&dir, FileFormat::JsonLines);
         first.open(None).await.unwrap();
         write(&mut first, &[1, 2]).await;
-        let stored = first.prepare(epoch(1)).await.unwrap();
+        let stored = first.prepare(epoch(1)).await.unwrap().0;
         first.finish(epoch(1), &stored).await.unwrap();
         write(&mut first, &[3]).await;
         first.prepare(epoch(2)).await.unwrap();
@@ -313,7 +314,7 @@ mod tests {
         let mut sound = sink(&dir, FileFormat::JsonLines);
         sound.open(None).await.unwrap();
         write(&mut sound, &[2]).await;
-        let stored = sound.prepare(epoch(1)).await.unwrap();
+        let stored = sound.prepare(epoch(1)).await.unwrap().0;
         sound.finish(epoch(1), &stored).await.unwrap();
         assert_eq!(fs::read_dir(dir.path().join("out")).unwrap().count(), 1, "the start is forgotten with the first epoch");
 
@@ -332,7 +333,7 @@ mod tests {
             let mut sink = sink(&dir, FileFormat::Csv);
             sink.open(stored.as_ref().map(|stored| (epoch(number - 1), stored))).await.unwrap();
             write(&mut sink, numbers).await;
-            stored = Some(sink.prepare(epoch(number)).await.unwrap());
+            stored = Some(sink.prepare(epoch(number)).await.unwrap().0);
         }
         assert_eq!(content(&dir), "n\n1\n2\n3\n");
     }
@@ -347,7 +348,7 @@ mod tests {
             write(&mut sink, part).await;
         }
         assert!(!content(&dir).is_empty(), "memory is bounded within an epoch, too");
-        let prepared = sink.prepare(epoch(1)).await.unwrap();
+        let prepared = sink.prepare(epoch(1)).await.unwrap().0;
         let content = content(&dir);
         assert_eq!(prepared, serde_json::json!({ "path": "out/a", "length": content.len() }));
         let read: Vec<i64> = content.lines().skip(1).map(|line| line.parse().unwrap()).collect();
@@ -360,7 +361,7 @@ mod tests {
         let mut first = sink(&dir, FileFormat::JsonLines);
         first.open(None).await.unwrap();
         write(&mut first, &[1]).await;
-        let stored = first.prepare(epoch(1)).await.unwrap();
+        let stored = first.prepare(epoch(1)).await.unwrap().0;
         fs::write(dir.path().join("out/a"), "").unwrap();
         let error = sink(&dir, FileFormat::JsonLines).open(Some((epoch(1), &stored))).await.unwrap_err();
         assert!(error.to_string().contains("has 0 bytes where the last durable point of the pipeline has 8"), "{error}");

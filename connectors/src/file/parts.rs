@@ -143,7 +143,7 @@ impl Sink for Parts {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, epoch: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         if let Some(writer) = self.writer.take() {
             let part = format!("part-{:020}.{}", epoch.as_u64(), extension(self.format));
             let (folder, name) = (self.folder.clone(), part.clone());
@@ -151,7 +151,8 @@ impl Sink for Parts {
             completed.map_err(|error| self.failed(&format!("completing {part}"), error))?;
             self.ready.push(part);
         }
-        serde_json::to_value(Ready { parts: self.ready.clone() }).map_err(Error::fatal)
+        let prepared = serde_json::to_value(Ready { parts: self.ready.clone() }).map_err(Error::fatal)?;
+        Ok((prepared, Vec::new()))
     }
 
     async fn finish(&mut self, _: Epoch, prepared: &Prepared) -> Result<()> {
@@ -216,13 +217,13 @@ mod tests {
         write(&mut sink, &[1, 2]).await;
         write(&mut sink, &[]).await;
         write(&mut sink, &[3]).await;
-        let first = sink.prepare(epoch(1)).await.unwrap();
+        let first = sink.prepare(epoch(1)).await.unwrap().0;
         assert_eq!(names(&dir), [".part-00000000000000000001.parquet.tmp"]);
         write(&mut sink, &[4]).await;
         sink.finish(epoch(1), &first).await.unwrap();
         assert_eq!(rows(&dir), [1, 2, 3]);
-        let second = sink.prepare(epoch(2)).await.unwrap();
-        let third = sink.prepare(epoch(3)).await.unwrap();
+        let second = sink.prepare(epoch(2)).await.unwrap().0;
+        let third = sink.prepare(epoch(3)).await.unwrap().0;
         sink.finish(epoch(2), &second).await.unwrap();
         sink.finish(epoch(3), &third).await.unwrap();
         assert_eq!(rows(&dir), [1, 2, 3, 4]);
@@ -237,7 +238,7 @@ mod tests {
         let mut prepared = Vec::new();
         for number in 1..=3 {
             write(&mut first, &[number]).await;
-            prepared.push(first.prepare(epoch(number as u64)).await.unwrap());
+            prepared.push(first.prepare(epoch(number as u64)).await.unwrap().0);
         }
         write(&mut first, &[4]).await;
         drop(first);
@@ -258,7 +259,7 @@ mod tests {
         third.open(Some((epoch(2), &prepared[1]))).await.unwrap();
         assert_eq!(rows(&dir), [2]);
         write(&mut third, &[5]).await;
-        let stored = third.prepare(epoch(4)).await.unwrap();
+        let stored = third.prepare(epoch(4)).await.unwrap().0;
         third.finish(epoch(4), &stored).await.unwrap();
         assert_eq!(rows(&dir), [2, 5]);
     }

@@ -79,6 +79,8 @@ struct State {
     /// Rises with every revocation: rows that were not handed over by then are read again by the next owner.
     revocations: u64,
     failure: Option<Error>,
+    /// Partitions went away under rows on their way: nothing may be committed any more in this run.
+    fenced: bool,
 }
 
 impl Shared {
@@ -232,11 +234,12 @@ impl Group {
     fn revoke(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) {
         let lost = consumer.assignment_lost();
         let mut state = self.shared.state();
+        let mut late = false;
         if !lost {
             let deadline = std::time::Instant::now() + DRAIN;
             while !state.closing && state.failure.is_none() && !state.ownership.drained() {
                 let Some(left) = deadline.checked_duration_since(std::time::Instant::now()) else {
-                    warn!("the pipeline did not finish its part of a partition in time; the next owner reads some records again");
+                    late = true;
                     break;
                 };
                 state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -245,6 +248,14 @@ impl Group {
             drop(state);
             commit(consumer, &news, CommitMode::Sync);
             state = self.shared.state();
+        }
+        if (lost || late) && !state.closing && state.ownership.has_delivered() {
+            // What is on its way would become durable here, and the next owner reads it as well.
+            state.fenced = true;
+            state.revocations += 1;
+            let told = "kafka took partitions away before their records were durable; going back to the last epoch";
+            state.failure.get_or_insert(Error::fatal(told));
+            return;
         }
         for element in partitions.elements() {
             state.ownership.revoke(element.topic(), element.partition(), lost);
@@ -325,13 +336,20 @@ impl Reader {
     }
 
     fn commit_news(&self, mode: CommitMode) {
-        let news = self.shared.state().ownership.take_committable();
+        let mut state = self.shared.state();
+        if state.fenced {
+            return;
+        }
+        let news = state.ownership.take_committable();
+        drop(state);
         commit(&self.consumer, &news, mode);
     }
 
     fn at_end(&self, gathered: &Gathered) -> bool {
         let state = self.shared.state();
-        state.ownership.assigned && state.ownership.owned().iter().all(|(_, partition, _)| gathered.ended.contains(&partition))
+        // Rows that are still to be handed over come before the end.
+        let all_sent = gathered.rows.rows() == 0 && state.ownership.assigned && !state.ownership.owned().is_empty();
+        all_sent && state.ownership.owned().iter().all(|(_, partition, _)| gathered.ended.contains(&partition))
     }
 
     /// Waits for a record, then takes what is there, up to the limits of a batch.

@@ -160,6 +160,11 @@ impl Ownership {
         position
     }
 
+    /// Whether anything was handed to the engine in this run.
+    pub(super) fn has_delivered(&self) -> bool {
+        !self.delivered.is_empty()
+    }
+
     /// Partitions that are ours.
     pub(super) fn owned(&self) -> &Offsets {
         &self.owned

@@ -32,7 +32,7 @@ use tracing::{debug, warn};
 use super::config::{Cluster, log_line, with_brokers};
 use super::event_id::{self, EventIds};
 use crate::payloads::Payloads;
-use crate::refused::{Refusals, Refused};
+use crate::refused::Refusals;
 use crate::topic::suggestion;
 
 /// Records in the producer's queue at most.
@@ -305,8 +305,6 @@ struct KafkaSink {
 struct Stored {
     /// Rows written up to the epoch.
     written: u64,
-    /// Rows refused too late to be returned in it.
-    refused: Vec<Refused>,
 }
 
 impl KafkaSink {
@@ -367,7 +365,6 @@ impl Sink for KafkaSink {
         let config = self.cluster.client(&self.own)?;
         let (reports, topic) = (Arc::clone(&self.reports), self.topic.clone());
         let producer = tokio::task::spawn_blocking(move || connect(&config, reports, &topic)).await.map_err(Error::fatal)??;
-        self.reports.refusals.restore(stored.refused);
         self.written = stored.written;
         self.producer = Some(producer);
         Ok(())
@@ -401,7 +398,7 @@ impl Sink for KafkaSink {
         Ok(rejected)
     }
 
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         let confirmed = async {
             while self.reports.settled.load(Ordering::Acquire) < self.handed_over {
                 let _ = tokio::time::timeout(RECHECK, self.reports.changed.notified()).await;
@@ -413,7 +410,8 @@ impl Sink for KafkaSink {
             let open = self.handed_over - self.reports.settled.load(Ordering::Acquire);
             return Err(Error::retry(format!("the brokers have not confirmed {open} records for {PATIENCE:?}")));
         }
-        serde_json::to_value(Stored { written: self.written, refused: self.reports.refusals.stored() }).map_err(Error::fatal)
+        let prepared = serde_json::to_value(Stored { written: self.written }).map_err(Error::fatal)?;
+        Ok((prepared, self.reports.refusals.take()))
     }
 
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {
@@ -421,9 +419,6 @@ impl Sink for KafkaSink {
     }
 
     async fn close(&mut self) -> Result<()> {
-        for left in self.reports.refusals.stored() {
-            warn!(refused = ?left, "kafka refused a record of the last epoch; the next run rejects it");
-        }
         if let Some(producer) = self.producer.take() {
             // Joins the polling thread, which may take a moment.
             tokio::task::spawn_blocking(move || drop(producer)).await.map_err(Error::fatal)?;

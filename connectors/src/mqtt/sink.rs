@@ -11,7 +11,6 @@ use afferent_engine::{Batch, Epoch, Error, Prepared, Rejected, Result, Sink};
 use afferent_formats::Format;
 use arrow::array::{Array, RecordBatch};
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::warn;
@@ -20,7 +19,7 @@ use super::config::{Connection, Qos, refuse_exactly_once, with_connection};
 use super::publisher::{Outgoing, Publisher, Settled};
 use super::subscriber::Standing;
 use crate::payloads::Payloads;
-use crate::refused::{Refusals, Refused};
+use crate::refused::Refusals;
 use crate::topic::Template;
 
 /// Bytes of messages in flight at most; one message alone may be larger.
@@ -150,12 +149,6 @@ struct MqttSink {
     running: Option<Running>,
 }
 
-/// What an epoch needs to be found complete: rows refused too late to be returned in it.
-#[derive(Default, Serialize, Deserialize)]
-struct Stored {
-    refused: Vec<Refused>,
-}
-
 impl MqttSink {
     fn start(&self) -> Result<Running> {
         // The broker need not remember us: what it has not acknowledged is remembered here.
@@ -195,13 +188,8 @@ impl MqttSink {
 
 #[async_trait]
 impl Sink for MqttSink {
-    async fn open(&mut self, last: Option<(Epoch, &Prepared)>) -> Result<()> {
+    async fn open(&mut self, _: Option<(Epoch, &Prepared)>) -> Result<()> {
         if self.running.is_none() {
-            if let Some((epoch, prepared)) = last {
-                let stored: Stored = serde_json::from_value(prepared.clone())
-                    .map_err(|e| Error::fatal(e).context(format!("reading what was prepared for epoch {epoch}")))?;
-                self.refusals.restore(stored.refused);
-            }
             self.running = Some(self.start()?);
         }
         let running = self.running()?;
@@ -265,7 +253,7 @@ impl Sink for MqttSink {
         Ok(rejected)
     }
 
-    async fn prepare(&mut self, _: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, _: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         let sent = self.sent;
         let running = self.running()?;
         let settled = running.settled.wait_for(|settled| settled.messages >= sent.messages);
@@ -278,7 +266,7 @@ impl Sink for MqttSink {
                 return Err(Error::retry(format!("the broker has not acknowledged {open} messages for {PATIENCE:?}")));
             }
         }
-        serde_json::to_value(Stored { refused: self.refusals.stored() }).map_err(Error::fatal)
+        Ok((Prepared::Null, self.refusals.take()))
     }
 
     async fn finish(&mut self, _: Epoch, _: &Prepared) -> Result<()> {
@@ -286,9 +274,6 @@ impl Sink for MqttSink {
     }
 
     async fn close(&mut self) -> Result<()> {
-        for left in self.refusals.stored() {
-            warn!(refused = ?left, "the broker refused a message of the last epoch; the next run rejects it");
-        }
         if let Some(Running { messages, mut task, .. }) = self.running.take() {
             // The end of the channel is the request to say goodbye.
             drop(messages);

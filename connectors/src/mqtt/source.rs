@@ -171,6 +171,7 @@ impl SourceConfig for MqttSourceConfig {
                     standing,
                     dropped: context.dropped("qos0_overload"),
                     session_expected: context.run > 1,
+                    subscribed: false,
                     // No two messages of a data directory get the same number: it begins with the clock, with
                     // room for a million messages a second, and stays below 2^53.
                     sequence: u64::try_from(now()).unwrap_or_default() << 10,
@@ -289,6 +290,11 @@ impl Source for MqttSource {
 
     async fn commit(&mut self, position: &Position) -> Result<()> {
         let durable: Mark = position.read()?;
+        if durable.sequence > self.emitted.sequence {
+            // A position of an earlier process, from before the clock was set back: it says nothing of the messages of
+            // this one.
+            return Ok(());
+        }
         self.committed = self.committed.max(durable);
         self.commands.send_modify(|command| command.durable = Some(durable));
         Ok(())

@@ -73,6 +73,8 @@ pub(super) struct Subscriber {
     pub dropped: IntCounter,
     /// An earlier run of this pipeline had a session, so it ought to be there.
     pub session_expected: bool,
+    /// The broker has confirmed our subscription within its present session.
+    pub subscribed: bool,
     /// Messages are numbered from here.
     pub sequence: u64,
 }
@@ -275,7 +277,9 @@ impl Subscriber {
         }
         self.session_expected = true;
         // The first connection of a process subscribes in any case: the topics may have changed since the last run.
-        if connected.session_present && again {
+        // A session may be there without our subscription: the link may have broken before the broker had it.
+        self.subscribed &= connected.session_present;
+        if self.subscribed {
             self.up(session);
         } else if !client.subscribe(&self.filters, self.qos) {
             warn!("the subscription found no room in the client's queue");

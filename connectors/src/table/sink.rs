@@ -99,8 +99,11 @@ impl TableSink {
             }
             rows.push(empty);
         }
-        let tail = Arc::clone(&open.tail);
+        // The lock of the table is held as long as this runs, also when nobody waits for it any more: whoever takes
+        // over must not recover the tail under a write.
+        let (tail, held) = (Arc::clone(&open.tail), Arc::clone(&open.delta));
         let mark = blocking(move || {
+            let _held = held;
             // A panic may have left half a frame behind: recovery removes it.
             let mut tail = tail.lock().map_err(|_| Error::fatal("a write to the tail did not come to its end"))?;
             let (length, age) = tail.current();
@@ -145,7 +148,7 @@ impl Sink for TableSink {
         // What Delta has needs no tail: all that is left there then came after the mark.
         let keep = mark.tail.filter(|_| mark.epoch > epoch);
         let (folder, app) = (dir.clone(), mark.app.clone());
-        let tail = blocking(move || Tail::recover(&folder, &app, keep)).await?;
+        let (tail, delta) = blocking(move || Ok((Tail::recover(&folder, &app, keep)?, delta))).await?;
         let stored = Stored { mark: mark.clone(), bytes: 0, closing: false };
         let mut open = Open {
             tail: Arc::new(Mutex::new(tail)),
@@ -179,7 +182,7 @@ impl Sink for TableSink {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, epoch: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         if self.opened()?.prepared.epoch > epoch.as_u64() {
             return Err(Error::fatal(format!("preparing epoch {epoch} of the table after a later one")));
         }
@@ -189,7 +192,7 @@ impl Sink for TableSink {
             open.prepared.epoch = epoch.as_u64();
             open.prepared.tail = mark;
         }
-        serde_json::to_value(&open.prepared).map_err(Error::fatal)
+        Ok((serde_json::to_value(&open.prepared).map_err(Error::fatal)?, Vec::new()))
     }
 
     async fn finish(&mut self, epoch: Epoch, prepared: &Prepared) -> Result<()> {
@@ -417,7 +420,7 @@ mod tests {
                 sink.spill(None).await.unwrap();
                 crash(format!("{number} spilled"), &last);
             }
-            let prepared = sink.prepare(epoch(number)).await.unwrap();
+            let prepared = sink.prepare(epoch(number)).await.unwrap().0;
             crash(format!("{number} prepared"), &last);
             last = Some((number, prepared.clone()));
             crash(format!("{number} stored"), &last);
@@ -447,7 +450,7 @@ mod tests {
             }
             for number in stored + 1..=EPOCHS {
                 write(&mut sink, number).await;
-                let prepared = sink.prepare(epoch(number + 100)).await.unwrap();
+                let prepared = sink.prepare(epoch(number + 100)).await.unwrap().0;
                 sink.finish(epoch(number + 100), &prepared).await.unwrap();
             }
             assert_eq!(seen(disk.path()).await, expected, "replayed after: {at}");
@@ -464,7 +467,7 @@ mod tests {
         let mut expected = Vec::new();
         for number in 1..=12 {
             write(&mut sink, number).await;
-            let prepared = sink.prepare(epoch(number)).await.unwrap();
+            let prepared = sink.prepare(epoch(number)).await.unwrap().0;
             sink.finish(epoch(number), &prepared).await.unwrap();
             expected.extend(values_of(number));
             assert_eq!(seen(dir.path()).await, expected, "after epoch {number}");
@@ -479,9 +482,9 @@ mod tests {
         let mut sink = TableSink::new(settings(dir.path()));
         sink.open(None).await.unwrap();
         write(&mut sink, 1).await;
-        let first = sink.prepare(epoch(1)).await.unwrap();
+        let first = sink.prepare(epoch(1)).await.unwrap().0;
         let before = copy(dir.path());
-        assert_eq!(sink.prepare(epoch(2)).await.unwrap(), first);
+        assert_eq!(sink.prepare(epoch(2)).await.unwrap().0, first);
         let tails = |dir: &Path| std::fs::read_dir(tail_dir(dir, "t")).unwrap().count();
         assert_eq!(tails(dir.path()), tails(before.path()));
     }
@@ -493,7 +496,7 @@ mod tests {
             let mut sink = TableSink::new(settings(dir.path()));
             sink.open(None).await.unwrap();
             write(&mut sink, 1).await;
-            let prepared = sink.prepare(epoch(1)).await.unwrap();
+            let prepared = sink.prepare(epoch(1)).await.unwrap().0;
             sink.finish(epoch(1), &prepared).await.unwrap();
             sink.close().await.unwrap();
         }
@@ -506,7 +509,7 @@ mod tests {
         let mut sink = TableSink::new(settings(dir.path()));
         sink.open(None).await.unwrap();
         write(&mut sink, 1).await;
-        let prepared = sink.prepare(epoch(1)).await.unwrap();
+        let prepared = sink.prepare(epoch(1)).await.unwrap().0;
         drop(sink);
         let mut other = TableSink::new(Settings { writer: "q/s".into(), ..settings(dir.path()) });
         let error = other.open(None).await.unwrap_err();

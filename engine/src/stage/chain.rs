@@ -70,12 +70,12 @@ impl Chain {
                     link.metrics.errors(error.class()).inc();
                     match error.class() {
                         Class::Fatal => return Err(failed(&link.name, error)),
-                        Class::Reject => self.scratch.outputs.reject(Rejected::rows(
-                            batch.records(),
-                            0..batch.rows(),
-                            "refused",
-                            &error.to_string(),
-                        )),
+                        Class::Reject => {
+                            // All of the batch is rejected: what the call has said of it before does not count.
+                            self.scratch.outputs.clear();
+                            let rejected = Rejected::rows(batch.records(), 0..batch.rows(), "refused", &error.to_string());
+                            self.scratch.outputs.reject(rejected);
+                        }
                         Class::Retry => {
                             let backoff = backoff.get_or_insert_with(|| Backoff::for_calls(self.context.seed));
                             let wait = backoff.next();
@@ -113,7 +113,7 @@ impl Chain {
         if !self.scratch.outputs.rejected.is_empty() {
             let rejected = std::mem::take(&mut self.scratch.outputs.rejected);
             if link.rejects.take(rejected, &self.context, &mut self.outbox).map_err(|e| failed(&link.name, e))? {
-                self.context.report(Report::Urgent).await?;
+                self.context.report(Report::Full).await?;
             }
         }
         for (_, batch) in &self.scratch.outputs.batches {
@@ -132,8 +132,12 @@ impl Chain {
                 }
             }
         } else {
-            for (_, batch) in self.scratch.outputs.batches.drain(..).rev() {
-                self.scratch.work.push_front((at + 1, 0, batch));
+            for (port, batch) in self.scratch.outputs.batches.drain(..).rev() {
+                if port == 0 {
+                    self.scratch.work.push_front((at + 1, 0, batch));
+                } else {
+                    link.metrics.dropped("unconnected_output").inc_by(batch.rows() as u64);
+                }
             }
         }
         Ok(self.outbox.flush().await?)

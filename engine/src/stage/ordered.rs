@@ -161,7 +161,7 @@ impl Ordered {
     async fn emit(&mut self, outputs: Outputs) -> std::result::Result<(), Stop> {
         let (batches, rejected) = outputs.into_parts();
         if self.rejects.take(rejected, &self.context, &mut self.outbox).map_err(|e| failed(&self.name, e))? {
-            self.context.report(Report::Urgent).await?;
+            self.context.report(Report::Full).await?;
         }
         for (port, batch) in batches {
             self.metrics.rows_out.inc_by(batch.rows() as u64);

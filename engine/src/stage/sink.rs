@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 use super::inputs::Arrival;
 use super::{Inputs, Loop, Outbox, Passed, Rejects, Report, SinkCommand, Stop, failed};
 use crate::backoff::Backoff;
-use crate::batch::Batch;
+use crate::batch::{Batch, Element};
 use crate::error::{Class, Error};
 use crate::metrics::{Latency, StageMetrics};
 use crate::position::Epoch;
@@ -68,7 +68,10 @@ impl SinkStage {
                     None => return Err(Stop::TornDown),
                     Some(Arrival::Batch(input, batch)) => self.write(input, batch).await?,
                     Some(Arrival::Barrier(epoch)) => self.prepare(epoch).await?,
-                    Some(Arrival::End) => {}
+                    Some(Arrival::End) => {
+                        self.outbox.broadcast(&Element::End);
+                        self.outbox.flush().await?;
+                    }
                 },
             }
         }
@@ -91,17 +94,22 @@ impl SinkStage {
         self.metrics.process.inc_by(began.elapsed().as_secs_f64());
         self.latency.record(Instant::now().saturating_duration_since(ingest), rows);
         if self.rejects.take(rejected, &self.context, &mut self.outbox).map_err(|e| failed(&self.name, e))? {
-            self.context.report(Report::Urgent).await?;
+            self.context.report(Report::Full).await?;
         }
         Ok(self.outbox.flush().await?)
     }
 
     async fn prepare(&mut self, epoch: Epoch) -> Result<(), Stop> {
-        let prepared = retry!(self, "preparing an epoch", self.sink.prepare(epoch)).map_err(|e| failed(&self.name, e))?;
+        let prepared = retry!(self, "preparing an epoch", self.sink.prepare(epoch));
+        let (prepared, rejected) = prepared.map_err(|e| failed(&self.name, e))?;
+        // A barrier is passing: asking for another would be too late.
+        self.rejects.take(rejected, &self.context, &mut self.outbox).map_err(|e| failed(&self.name, e))?;
         let rejected = self.rejects.at_barrier(&self.context).map_err(|e| failed(&self.name, e))?;
         let passed =
             Passed { sink: Some((self.name.clone(), prepared)), rejected: rejected.into_iter().collect(), ..Passed::default() };
-        self.context.report(Report::Passed(epoch, Box::new(passed))).await
+        self.context.report(Report::Passed(epoch, Box::new(passed))).await?;
+        self.outbox.broadcast(&Element::Barrier(epoch));
+        Ok(self.outbox.flush().await?)
     }
 
     fn class_of(&self, error: &Error) -> Class {

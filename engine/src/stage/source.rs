@@ -37,6 +37,8 @@ struct Progress {
     /// Already asked for a barrier since the last one.
     urgent: bool,
     draining: bool,
+    /// Held until the next barrier.
+    held: bool,
     /// After an error: pull again then.
     retry_at: Option<Instant>,
 }
@@ -44,15 +46,20 @@ struct Progress {
 impl SourceStage {
     pub(crate) async fn run(mut self) -> Result<(), Stop> {
         let mark = self.restored.take().unwrap_or(SourceMark { position: None, ended: false });
-        let mut progress = Progress { mark, uncommitted: false, urgent: false, draining: false, retry_at: None };
+        let mut progress = Progress { mark, uncommitted: false, urgent: false, draining: false, held: false, retry_at: None };
         let mut backoff = Backoff::for_calls(self.context.seed);
-        let mut opened = progress.mark.ended;
-        if opened {
+        let ended_before = progress.mark.ended;
+        let mut opened = ended_before;
+        if ended_before {
             self.outbox.broadcast(&Element::End);
             self.context.report(Report::Ended).await?;
         }
         loop {
-            let pulling = self.outbox.is_empty() && !progress.mark.ended && !progress.draining && progress.retry_at.is_none();
+            let pulling = self.outbox.is_empty()
+                && !progress.mark.ended
+                && !progress.draining
+                && !progress.held
+                && progress.retry_at.is_none();
             let pulled = tokio::select! {
                 biased;
                 command = self.commands.recv() => {
@@ -60,9 +67,11 @@ impl SourceStage {
                         None => return Err(Stop::TornDown),
                         Some(SourceCommand::Close) => break,
                         Some(SourceCommand::Drain) => progress.draining = true,
+                        Some(SourceCommand::Hold) => progress.held = true,
                         Some(SourceCommand::Barrier(epoch)) => self.barrier(epoch, &mut progress).await?,
                         Some(SourceCommand::Commit(position)) => {
-                            if opened && !(progress.mark.ended && progress.mark.position.is_none()) {
+                            // A source that is not open, or never will be, has nothing to acknowledge.
+                            if opened && !ended_before {
                                 self.commit(&position).await?;
                             }
                         }
@@ -92,7 +101,9 @@ impl SourceStage {
                 Err(error) => progress.retry_at = Some(self.wait_after(error, &mut backoff)?),
             }
         }
-        self.source.close().await;
+        if !ended_before {
+            self.source.close().await;
+        }
         Ok(())
     }
 
@@ -114,7 +125,10 @@ impl SourceStage {
             progress.uncommitted = true;
             self.context.report(Report::Uncommitted(since)).await?;
         }
-        if !progress.urgent && (full || self.source.window_full()) {
+        if full {
+            self.context.report(Report::Full).await?;
+        }
+        if !progress.urgent && self.source.window_full() {
             progress.urgent = true;
             self.context.report(Report::Urgent).await?;
         }
@@ -142,6 +156,7 @@ impl SourceStage {
         self.outbox.broadcast(&Element::Barrier(epoch));
         progress.uncommitted = false;
         progress.urgent = false;
+        progress.held = false;
         let rejected = self.rejects.at_barrier(&self.context).map_err(|e| failed(&self.name, e))?;
         let passed = Passed {
             source: Some((self.name.clone(), progress.mark.clone())),

@@ -328,14 +328,14 @@ impl Sink for MemorySink {
         Ok(Vec::new())
     }
 
-    async fn prepare(&mut self, epoch: Epoch) -> Result<Prepared> {
+    async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         self.faults.dawdle(&mut self.random).await;
         self.faults.strike(&mut self.random, "preparing")?;
         let rows = std::mem::take(&mut self.buffer);
         let mut world = self.world.lock();
         world.note(format_args!("sink {} prepares {epoch}: {} rows", self.index, rows.len()));
         world.sinks[self.index].prepared.insert(epoch.as_u64(), rows);
-        Ok(Prepared::Null)
+        Ok((Prepared::Null, Vec::new()))
     }
 
     async fn finish(&mut self, epoch: Epoch, _: &Prepared) -> Result<()> {
