@@ -1,6 +1,7 @@
 //! The reference page, written from the same schemas that check a file: the envelope, the keys beside a
 //! component, and every component with its options. The same registry gives the same text.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 
 use afferent_engine::registry::Registry;
@@ -49,10 +50,72 @@ fn write_page(registry: &Registry, page: &mut String) -> fmt::Result {
             write_options(component.schema.as_value(), page)?;
         }
     }
+    write_shared_types(registry, page)?;
     while page.ends_with("\n\n") {
         page.pop();
     }
     Ok(())
+}
+
+/// The types that contain themselves: told once, by name, since they could be unfolded without end.
+fn write_shared_types(registry: &Registry, page: &mut String) -> fmt::Result {
+    let mut shared: BTreeMap<String, (Value, Value)> = BTreeMap::new();
+    for kind in StageKind::ALL {
+        for component in kind.components(registry) {
+            let root = component.schema.as_value();
+            for (name, definition) in root.get("$defs").and_then(Value::as_object).into_iter().flatten() {
+                if contains_itself(name, root) {
+                    shared.entry(name.clone()).or_insert_with(|| (definition.clone(), root.clone()));
+                }
+            }
+        }
+    }
+    if !shared.is_empty() {
+        writeln!(page, "## Shared types\n")?;
+    }
+    for (name, (definition, root)) in &shared {
+        writeln!(page, "### {name}\n")?;
+        if let Some(text) = definition.get("description").and_then(Value::as_str) {
+            writeln!(page, "{text}\n")?;
+        }
+        writeln!(page, "Its value: {}.\n", told(definition, root))?;
+        let mut rows = Vec::new();
+        for choice in choices(definition) {
+            options(choice, root, "", 0, &mut rows);
+        }
+        if !rows.is_empty() {
+            write_rows(rows, page)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the definition of that name leads to itself.
+fn contains_itself(name: &str, root: &Value) -> bool {
+    fn names(schema: &Value, found: &mut BTreeSet<String>) {
+        match schema {
+            Value::Object(object) => {
+                found.extend(object.get("$ref").and_then(Value::as_str).and_then(definition_name).map(str::to_owned));
+                object.values().for_each(|inner| names(inner, found));
+            }
+            Value::Array(items) => items.iter().for_each(|inner| names(inner, found)),
+            _ => {}
+        }
+    }
+    let (mut seen, mut open) = (BTreeSet::new(), vec![name.to_owned()]);
+    while let Some(next) = open.pop() {
+        let mut found = BTreeSet::new();
+        names(&root["$defs"][&next], &mut found);
+        if found.contains(name) {
+            return true;
+        }
+        open.extend(found.into_iter().filter(|found| seen.insert(found.clone())));
+    }
+    false
+}
+
+fn definition_name(target: &str) -> Option<&str> {
+    target.strip_prefix("#/$defs/")
 }
 
 fn write_options(root: &Value, page: &mut String) -> fmt::Result {
@@ -64,6 +127,10 @@ fn write_options(root: &Value, page: &mut String) -> fmt::Result {
             kind => writeln!(page, "Its value: {kind}.\n"),
         };
     }
+    write_rows(rows, page)
+}
+
+fn write_rows(rows: Vec<Row>, page: &mut String) -> fmt::Result {
     writeln!(page, "| option | type | default | meaning |\n|---|---|---|---|")?;
     for Row { name, kind, default, meaning } in rows {
         writeln!(page, "| `{name}` | {kind} | {default} | {meaning} |")?;
@@ -106,6 +173,9 @@ fn options(object: &Value, root: &Value, prefix: &str, depth: usize, rows: &mut 
 
 /// The options within a value, whatever it is: of a map, of a list's items, of each shape it may have.
 fn nested(schema: &Value, root: &Value, path: &str, depth: usize, rows: &mut Vec<Row>) {
+    if shared_name(schema, root).is_some() {
+        return;
+    }
     let schema = resolve(schema, root);
     let prefix = if path.is_empty() { String::new() } else { format!("{path}.") };
     options(schema, root, &prefix, depth, rows);
@@ -142,7 +212,20 @@ fn type_of(schema: &Value, root: &Value) -> String {
         }
         .to_owned();
     }
-    let schema = resolve(schema, root);
+    if let Some(name) = shared_name(schema, root) {
+        return format!("[{name}](#{})", name.to_lowercase());
+    }
+    told(resolve(schema, root), root)
+}
+
+/// The name of the type that this refers to, if it is told in a section of its own.
+fn shared_name<'v>(schema: &'v Value, root: &Value) -> Option<&'v str> {
+    let name = schema.get("$ref").and_then(Value::as_str).and_then(definition_name)?;
+    contains_itself(name, root).then_some(name)
+}
+
+/// The type of a value that is no reference, in words.
+fn told(schema: &Value, root: &Value) -> String {
     let mut kinds: Vec<String> = choices(schema).map(|choice| type_of(choice, root)).filter(|kind| kind != "nothing").collect();
     if let Some(word) = schema.get("const") {
         kinds.push(format!("`{}`", word.as_str().map_or_else(|| word.to_string(), str::to_owned)));
