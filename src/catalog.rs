@@ -39,6 +39,12 @@ impl Shared {
         Self { data_dir: data_dir.to_owned(), models: models.map(Path::to_owned), runtime }
     }
 
+    /// What is to be said of the model runtime, once planning has needed one: that it is the fallback, and how to get
+    /// the faster one.
+    pub fn notice(&self) -> Option<&str> {
+        self.runtime.notice()
+    }
+
     /// What planning this pipeline file may look at.
     pub fn plan_context(&self, pipeline: &Path) -> PlanContext {
         let mut context = PlanContext::at(folder_of(pipeline), &self.data_dir);

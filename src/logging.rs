@@ -20,7 +20,9 @@ pub enum LogFormat {
 /// Starts logging into `writer`. Called once, before anything logs.
 pub fn start(format: LogFormat, writer: BoxMakeWriter) {
     let filter = EnvFilter::try_from_env("AFFERENT_LOG").unwrap_or_else(|_| {
-        EnvFilter::new("info,delta_kernel=warn,deltalake_core=warn,buoyant_kernel=warn,tract_onnx=warn,rumqttd=off,ort=warn")
+        EnvFilter::new(
+            "info,delta_kernel=warn,deltalake_core=error,parquet=error,buoyant_kernel=warn,tract_onnx=warn,rumqttd=off,ort=warn",
+        )
     });
     let builder =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(std::io::stderr().is_terminal());

@@ -322,18 +322,17 @@ impl LazyRuntime {
         Arc::new(Self { data_dir: PathBuf::new(), found: OnceLock::from(Ok(runtime)) })
     }
 
-    /// The runtime. Says once in the log when it is the fallback, and how to get the faster one.
+    /// What is to be said of the runtime, if it was needed and is the fallback.
+    pub fn notice(&self) -> Option<&str> {
+        self.found.get()?.as_ref().ok()?.notice()
+    }
+
+    /// The runtime, looked for at the first call.
     ///
     /// # Errors
     /// As [`Runtime::discover`], each time.
     pub fn get(&self) -> Result<&Runtime, LoadError> {
-        let found = self.found.get_or_init(|| {
-            let runtime = Runtime::discover(&self.data_dir).map_err(|error| error.to_string())?;
-            if let Some(notice) = runtime.notice() {
-                tracing::warn!("{notice}");
-            }
-            Ok(runtime)
-        });
+        let found = self.found.get_or_init(|| Runtime::discover(&self.data_dir).map_err(|error| error.to_string()));
         found.as_ref().map_err(|told| LoadError::Runtime(told.clone()))
     }
 }

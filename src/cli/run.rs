@@ -27,9 +27,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::files::Checked;
 use super::{FAILED, Places, print};
+use crate::catalog::{self, Shared};
 use crate::live::Live;
 use crate::logging::{self, LogFormat};
-use crate::{broker, catalog, metrics_listener};
+use crate::{broker, metrics_listener};
 
 /// Run pipelines until their input ends or Ctrl-C drains them.
 #[derive(Args)]
@@ -82,9 +83,17 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 impl Run {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let live = Live::new(!self.no_live && self.log_format == LogFormat::Text && std::io::stderr().is_terminal());
+        let shared = self.places.shared();
+        let Some(plans) = self.plans(&shared)? else { return Ok(ExitCode::from(FAILED)) };
+        // A sink that prints on the same terminal would tear the view.
+        let prints = std::io::stdout().is_terminal()
+            && plans.iter().flat_map(|plan| &plan.graph.nodes).any(|node| node.component == "stdout");
+        let wanted = !self.no_live && !prints && self.log_format == LogFormat::Text;
+        let live = Live::new(wanted && std::io::stderr().is_terminal());
         logging::start(self.log_format, live.writer());
-        let Some(plans) = self.plans()? else { return Ok(ExitCode::from(FAILED)) };
+        if let Some(notice) = shared.notice() {
+            tracing::warn!("{notice}");
+        }
         let _lock = lock(&self.places.data_dir)?;
         let (io, compute) = runtimes()?;
         let runtimes = Runtimes { io: io.handle().clone(), compute: compute.handle().clone() };
@@ -96,12 +105,12 @@ impl Run {
     }
 
     /// Checks all files; `None` after printing what is wrong.
-    fn plans(&self) -> anyhow::Result<Option<Vec<Plan>>> {
-        let (registry, shared) = (catalog::registry(), self.places.shared());
+    fn plans(&self, shared: &Shared) -> anyhow::Result<Option<Vec<Plan>>> {
+        let registry = catalog::registry();
         let mut plans: Vec<Plan> = Vec::new();
         let mut sound = true;
         for file in &self.files {
-            let checked = Checked::read(file, &registry, &shared)?;
+            let checked = Checked::read(file, &registry, shared)?;
             eprint!("{}", checked.report());
             match checked.plan {
                 Some(plan) if plans.iter().any(|other| other.name == plan.name) => {

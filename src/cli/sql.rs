@@ -16,8 +16,8 @@ use super::{Places, print};
 
 /// Query the tables that pipelines write, also while they run.
 #[derive(Args)]
-#[command(after_help = "Rows are visible as soon as they are durable, before Delta Lake has them. Rejected rows
-are in the table dead_letters.
+#[command(after_help = "Rows are visible as soon as a table's tail has them, before Delta Lake does. Those of the last
+moments before a crash may be made anew afterwards. Rejected rows are in the table dead_letters.
 
 Examples:
   afferent sql                                        # a prompt; 'show tables' lists them

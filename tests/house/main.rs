@@ -6,6 +6,7 @@
 mod architecture;
 mod brokers;
 mod command;
+mod conformance;
 mod crash;
 mod examples;
 mod generated;

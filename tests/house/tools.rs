@@ -102,7 +102,7 @@ impl Scratch {
 /// The command under test.
 pub fn afferent() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_afferent"));
-    command.env("AFFERENT_LOG", "info,delta_kernel=warn,deltalake_core=warn").env_remove("AFFERENT_SABOTAGE");
+    command.env("AFFERENT_LOG", "info,delta_kernel=warn,deltalake_core=error,parquet=error").env_remove("AFFERENT_SABOTAGE");
     // The tests' ONNX Runtime: the one of the Python package, found as a user's would be.
     command.env("VIRTUAL_ENV", cache().join("venv"));
     command

@@ -1,5 +1,5 @@
-//! The models of this process: one repository, one runtime, and every model loaded once, so that several stages share
-//! a session. `src/catalog.rs` provides it to planning; `infer` takes models from it.
+//! The models of a pipeline: one repository, and every model loaded once, so that several stages share a session. The
+//! runtime is that of the whole process. `src/catalog.rs` provides it to planning; `infer` takes models from it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -31,7 +31,7 @@ impl fmt::Debug for Served {
     }
 }
 
-/// Where `infer` gets its models; one in a process.
+/// Where `infer` gets its models; one a pipeline.
 pub struct ModelServer {
     repository: Repository,
     runtime: Arc<LazyRuntime>,
