@@ -97,14 +97,14 @@ fn readings(numbers: Range<i64>) -> RecordBatch {
     let all = || numbers.clone();
     let times = TimestampMillisecondArray::from_iter_values(all().map(|n| 1_767_225_600_000 + n * 20)).with_timezone("UTC");
     let mut columns: Vec<(String, ArrayRef)> = vec![
-        ("ts".to_owned(), Arc::new(times)),
-        ("n".to_owned(), Arc::new(Int64Array::from_iter_values(all()))),
-        ("device".to_owned(), Arc::new(StringArray::from_iter_values(all().map(|n| format!("d{}", n % 3))))),
-        ("value".to_owned(), Arc::new(Float64Array::from_iter_values(all().map(|n| (n * 7 % 80) as f64 + 0.5)))),
+        ("ts".to_owned(), Arc::new(times) as ArrayRef),
+        ("n".to_owned(), Arc::new(Int64Array::from_iter_values(all())) as ArrayRef),
+        ("device".to_owned(), Arc::new(StringArray::from_iter_values(all().map(|n| format!("d{}", n % 3)))) as ArrayRef),
+        ("value".to_owned(), Arc::new(Float64Array::from_iter_values(all().map(|n| (n * 7 % 80) as f64 + 0.5))) as ArrayRef),
     ];
     for feature in 1..=9 {
         let values = Float32Array::from_iter_values(all().map(|n| ((n * feature) % 90) as f32));
-        columns.push((format!("s{feature}"), Arc::new(values)));
+        columns.push((format!("s{feature}"), Arc::new(values) as ArrayRef));
     }
     RecordBatch::try_from_iter(columns).unwrap()
 }
@@ -234,7 +234,10 @@ impl Case {
         let kafka = Kafka::start();
         let brokers = json!([kafka.address()]);
         self.sink("kafka", json!({"brokers": brokers, "topic": "readings", "key": "device", "format": "json"})).await;
-        let reading = |group: &str| json!({"brokers": brokers, "topics": ["readings"], "group": group, "stop_at_end": true, "batch_rows": 4});
+        let reading = |group: &str| {
+            let topics = ["readings"];
+            json!({"brokers": brokers, "topics": topics, "group": group, "stop_at_end": true, "batch_rows": 4})
+        };
         self.source("kafka", reading("suite")).await;
         let mut numbers = Vec::new();
         for batch in self.drained("kafka", reading("content")).await {

@@ -1,6 +1,7 @@
 //! What every sink keeps across epochs and crashes. The invariant: as in the engine, an epoch counts as stored from
 //! the moment it is prepared, and a new instance gets what was prepared for the newest one.
 
+use arrow::array::RecordBatch;
 use tokio::time::{sleep, timeout};
 
 use super::{Broken, PATIENCE, PAUSE, TRIES, endless, later};
@@ -10,7 +11,6 @@ use crate::error::Class;
 use crate::position::Epoch;
 use crate::rejected::Rejected;
 use crate::sink::{Prepared, Sink};
-use arrow::array::RecordBatch;
 
 /// A sink: through two epochs, a crash before the second is finished, one after rows that no epoch has, and a barrier
 /// without rows. When it succeeds, readers must find every row of `input`; and each once, where the plan says
