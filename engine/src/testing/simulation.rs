@@ -97,13 +97,16 @@ impl Sketch {
             let stage = sketch.add(shape, inputs);
             open.extend((0..outputs).map(|output| (stage, output)));
         }
-        // Sinks for every open end; some share one.
+        // A sink for every open end; some share one, and some ends nobody reads.
         let mut shared: Vec<(usize, usize)> = Vec::new();
-        for end in open {
-            if random.u32(0..4) == 0 {
-                shared.push(end);
-            } else {
-                sketch.add(Shape::Sink, vec![end]);
+        let count = open.len();
+        for (number, end) in open.into_iter().enumerate() {
+            match random.u32(0..5) {
+                0 => shared.push(end),
+                1 if number + 1 < count => {}
+                _ => {
+                    sketch.add(Shape::Sink, vec![end]);
+                }
             }
         }
         if !shared.is_empty() {
@@ -272,7 +275,7 @@ async fn live(seed: u64, planted: Planted) -> Result<Outcome> {
     let mut random = fastrand::Rng::with_seed(seed);
     let sketch = Sketch::draw(&mut random);
     let world = sketch.world();
-    let faults = Faults { retry: random.u32(0..60), fatal: random.u32(0..8), panic: 0, delay: random.u64(0..3_000) };
+    let faults = Faults { retry: random.u32(0..60), fatal: random.u32(0..8), panic: random.u32(0..3), delay: random.u64(0..3_000) };
     let newest = Arc::new(AtomicU64::new(0));
     let mut disk = Disk::new();
     let mut crashes_left = random.usize(0..5);
@@ -281,7 +284,7 @@ async fn live(seed: u64, planted: Planted) -> Result<Outcome> {
     loop {
         lives += 1;
         // Bad luck ends sometime, so that the last life can reach the end.
-        let faults = if lives > 12 { Faults { retry: 0, fatal: 0, ..faults } } else { faults };
+        let faults = if lives > 12 { Faults { retry: 0, fatal: 0, panic: 0, ..faults } } else { faults };
         let graph = sketch.graph(&world, faults, seed);
         let drain = CancellationToken::new();
         let options = Options {
@@ -298,8 +301,13 @@ async fn live(seed: u64, planted: Planted) -> Result<Outcome> {
             virtual_time: true,
         };
         let limit = if crashes_left > 0 { Duration::from_micros(random.u64(100..200_000)) } else { DEADLOCK };
-        if crashes_left > 0 && random.u32(0..4) == 0 {
-            drain.cancel();
+        if crashes_left > 0 && random.u32(0..3) == 0 {
+            // Someone asks it to stop: before it has begun, while it opens, or in the middle.
+            let (drain, after) = (drain.clone(), Duration::from_micros(random.u64(0..50_000)));
+            tokio::spawn(async move {
+                tokio::time::sleep(after).await;
+                drain.cancel();
+            });
         }
         let ended = timeout(limit, run(&graph, &options)).await;
         match ended {
