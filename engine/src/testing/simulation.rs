@@ -275,7 +275,8 @@ async fn live(seed: u64, planted: Planted) -> Result<Outcome> {
     let mut random = fastrand::Rng::with_seed(seed);
     let sketch = Sketch::draw(&mut random);
     let world = sketch.world();
-    let faults = Faults { retry: random.u32(0..60), fatal: random.u32(0..8), panic: random.u32(0..3), delay: random.u64(0..3_000) };
+    let faults =
+        Faults { retry: random.u32(0..60), fatal: random.u32(0..8), panic: random.u32(0..3), delay: random.u64(0..3_000) };
     let newest = Arc::new(AtomicU64::new(0));
     let mut disk = Disk::new();
     let mut crashes_left = random.usize(0..5);
