@@ -39,10 +39,15 @@ impl Shared {
         Self { data_dir: data_dir.to_owned(), models: models.map(Path::to_owned), runtime }
     }
 
-    /// What is to be said of the model runtime, once planning has needed one: that it is the fallback, and how to get
-    /// the faster one.
-    pub fn notice(&self) -> Option<&str> {
-        self.runtime.notice()
+    /// Says in the log what models run on, once planning has needed that; of the fallback also how to get the faster
+    /// one.
+    pub fn log_model_runtime(&self) {
+        let Some(runtime) = self.runtime.found() else { return };
+        match (runtime.notice(), runtime.library()) {
+            (Some(notice), _) => tracing::warn!("{notice}"),
+            (None, Some(library)) => tracing::info!(library = %library.display(), "models run on ONNX Runtime"),
+            (None, None) => tracing::info!("models run on {}", runtime.backend()),
+        }
     }
 
     /// What planning this pipeline file may look at.

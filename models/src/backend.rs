@@ -322,9 +322,9 @@ impl LazyRuntime {
         Arc::new(Self { data_dir: PathBuf::new(), found: OnceLock::from(Ok(runtime)) })
     }
 
-    /// What is to be said of the runtime, if it was needed and is the fallback.
-    pub fn notice(&self) -> Option<&str> {
-        self.found.get()?.as_ref().ok()?.notice()
+    /// The runtime, if it was needed so far and there is one.
+    pub fn found(&self) -> Option<&Runtime> {
+        self.found.get()?.as_ref().ok()
     }
 
     /// The runtime, looked for at the first call.

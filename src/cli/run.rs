@@ -91,9 +91,7 @@ impl Run {
         let wanted = !self.no_live && !prints && self.log_format == LogFormat::Text;
         let live = Live::new(wanted && std::io::stderr().is_terminal());
         logging::start(self.log_format, live.writer());
-        if let Some(notice) = shared.notice() {
-            tracing::warn!("{notice}");
-        }
+        shared.log_model_runtime();
         let _lock = lock(&self.places.data_dir)?;
         let (io, compute) = runtimes()?;
         let runtimes = Runtimes { io: io.handle().clone(), compute: compute.handle().clone() };
