@@ -226,7 +226,6 @@ impl Runtime {
     }
 
     fn with_library(library: Library) -> Runtime {
-        tracing::info!(library = %library.path().display(), "models run on ONNX Runtime");
         Runtime { engine: Engine::OnnxRuntime(library), notice: None }
     }
 
