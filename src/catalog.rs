@@ -17,11 +17,12 @@ pub fn registry() -> Registry {
 }
 
 /// Where models are looked for: the folder asked for, else `models` beside the pipeline, then in the
-/// working directory.
+/// working directory; once if that is the same.
 fn model_roots(pipeline: &Path, asked: Option<&Path>) -> Vec<PathBuf> {
-    match asked {
-        Some(folder) => vec![folder.to_owned()],
-        None => vec![folder_of(pipeline).join("models"), PathBuf::from("models")],
+    match (asked, folder_of(pipeline)) {
+        (Some(folder), _) => vec![folder.to_owned()],
+        (None, beside) if beside == Path::new(".") => vec![PathBuf::from("models")],
+        (None, beside) => vec![beside.join("models"), PathBuf::from("models")],
     }
 }
 
@@ -64,5 +65,19 @@ fn folder_of(file: &Path) -> PathBuf {
     match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_looked_for_beside_the_pipeline_and_here_and_nowhere_twice() {
+        let roots = |pipeline: &str, asked: Option<&str>| model_roots(Path::new(pipeline), asked.map(Path::new));
+        assert_eq!(roots("a/p.yaml", None), [Path::new("a/models"), Path::new("models")]);
+        assert_eq!(roots("p.yaml", None), [Path::new("models")]);
+        assert_eq!(roots("./p.yaml", None), [Path::new("models")]);
+        assert_eq!(roots("a/p.yaml", Some("m")), [Path::new("m")]);
     }
 }

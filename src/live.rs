@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use afferent_engine::graph::Role;
 use afferent_engine::metrics::{Latency, Metrics, PipelineMetrics, StageMetrics};
 use afferent_pipelines::Plan;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressFinish, ProgressStyle};
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// How often the view is drawn.
@@ -59,7 +59,9 @@ impl Live {
         let bar = |style: &str| {
             let screen = self.screen.as_ref()?;
             let style = ProgressStyle::with_template(style).ok()?.progress_chars("█▉▊▋▌▍▎▏ ");
-            Some(screen.add(ProgressBar::new(1000).with_style(style)))
+            // Left as it is when the pipelines have ended: by default a bar takes itself off the screen.
+            let bar = ProgressBar::new(1000).with_style(style).with_finish(ProgressFinish::Abandon);
+            Some(screen.add(bar))
         };
         let head = bar("{msg}");
         let stages = plan.graph.nodes.iter().map(|node| ShownStage {

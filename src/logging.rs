@@ -1,11 +1,11 @@
 //! Structured logs on standard error: text for people, JSON for collectors. `AFFERENT_LOG` sets the level
 //! in the words of tracing's `EnvFilter`.
 
-use std::io::IsTerminal;
-
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
+
+use crate::cli::colours;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -24,8 +24,7 @@ pub fn start(format: LogFormat, writer: BoxMakeWriter) {
             "info,delta_kernel=warn,deltalake_core=error,parquet=error,buoyant_kernel=warn,tract_onnx=warn,rumqttd=off,ort=warn",
         )
     });
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(std::io::stderr().is_terminal());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours(&std::io::stderr()));
     match format {
         LogFormat::Text => builder.with_target(false).init(),
         LogFormat::Json => builder.json().init(),

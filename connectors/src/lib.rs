@@ -11,6 +11,7 @@ mod payloads;
 mod refused;
 mod stdout;
 pub mod table;
+mod tls;
 mod topic;
 
 use afferent_engine::registry::Registry;

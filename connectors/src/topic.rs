@@ -278,7 +278,9 @@ impl Template {
             match column(name, schema) {
                 Ok(index) => parts.push(Part::Column { index, name: name.to_owned() }),
                 Err((message, help)) => {
-                    problems.push(Problem::new("unknown-column", path, message).help(help).at(text.len() - from.len()));
+                    // Behind the brace: the name is what is marked.
+                    let place = text.len() - from.len() + 1;
+                    problems.push(Problem::new("unknown-column", path, message).help(help).at(place));
                 }
             }
             rest = behind;
@@ -315,8 +317,11 @@ impl Template {
 }
 
 fn column(name: &str, schema: &SchemaRef) -> std::result::Result<usize, (String, String)> {
+    if name.is_empty() {
+        return Err(("`{}` in a topic names no column".to_owned(), suggestion(name, schema)));
+    }
     let Ok(index) = schema.index_of(name) else {
-        return Err((format!("there is no column `{name}`"), suggestion(name, schema)));
+        return Err((format!("the topic names column `{name}`, which the input does not have"), suggestion(name, schema)));
     };
     let data_type = schema.field(index).data_type();
     let fits = data_type.is_integer()
@@ -489,8 +494,10 @@ mod tests {
         let schema = rows().schema();
         let problems = |text: &str| Template::parse(text, &schema, "/topic").unwrap_err();
         let unknown = problems("results/{devise}");
-        assert_eq!((unknown[0].code, unknown[0].offset), ("unknown-column", Some(8)));
+        assert_eq!((unknown[0].code, unknown[0].offset), ("unknown-column", Some(9)), "the name is marked, not the brace");
+        assert_eq!(unknown[0].message, "the topic names column `devise`, which the input does not have");
         assert_eq!(unknown[0].help.as_deref(), Some("did you mean `device`?"));
+        assert_eq!(problems("r/{}")[0].message, "`{}` in a topic names no column");
         assert!(problems("r/{score}")[0].message.contains("Float32"));
         assert_eq!(problems("r/+")[0].code, "topic-template");
         assert_eq!(problems("r/{device")[0].offset, Some(2));

@@ -23,11 +23,12 @@ impl Backoff {
         Self::new(Duration::from_millis(50), Duration::from_secs(10), seed)
     }
 
-    /// The next wait.
+    /// The next wait, in whole milliseconds: people read it.
     pub(crate) fn next(&mut self) -> Duration {
         let ceiling = self.base.saturating_mul(1_u32.checked_shl(self.tries).unwrap_or(u32::MAX)).min(self.cap);
         self.tries = self.tries.saturating_add(1).min(30);
-        ceiling.mul_f64(0.5 + self.random.f64() / 2.0)
+        let wait = ceiling.mul_f64(0.5 + self.random.f64() / 2.0);
+        Duration::from_millis(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))
     }
 
     /// It worked: start small next time.

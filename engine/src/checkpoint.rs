@@ -1,18 +1,26 @@
 //! The checkpoint store: one redb file a pipeline. One transaction holds all that an epoch is: positions,
 //! state changes, what the sinks prepared, and the rejected rows. State is kept by key, so that a delta
 //! costs what changed; the copy-on-write tree is the compaction.
+//!
+//! A full disk leaves the newest stored epoch as it is. redb takes nothing more after such an error, so the next call
+//! opens the file anew; a call of an earlier start that comes after that is refused as ever, by the count of starts.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use serde::{Deserialize, Serialize};
 
-use crate::durable;
+use crate::durable::{self, StorageFull};
 use crate::error::{Error, Result};
 use crate::operator::{State, StateDelta};
 use crate::position::{Epoch, Position};
 use crate::sink::Prepared;
+
+mod store_file;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SOURCES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sources");
@@ -53,10 +61,22 @@ pub(crate) struct Restored {
     pub(crate) sinks: BTreeMap<String, Prepared>,
 }
 
+/// Opens the storage of a store: at first, and again after a failure.
+type Open = Box<dyn Fn() -> std::result::Result<Database, redb::Error> + Send + Sync>;
+
 /// The store.
 pub struct Checkpoints {
-    database: Database,
+    /// `None` while it cannot be opened.
+    database: RwLock<Option<Database>>,
+    open: Open,
+    /// An I/O error has happened: the database must be opened anew.
+    broken: AtomicBool,
+    /// It happened for want of space.
+    full: AtomicBool,
+    path: PathBuf,
+    /// 0 before it is known.
     identity: u64,
+    delay: Option<Box<dyn Fn() -> Duration + Send + Sync>>,
 }
 
 impl Checkpoints {
@@ -65,26 +85,35 @@ impl Checkpoints {
     /// # Errors
     /// Fatal when it cannot be opened, is damaged beyond redb's repair, or is of another layout.
     pub fn open(path: &Path) -> Result<Self> {
-        if let Some(folder) = path.parent() {
-            durable::create_dir(folder).map_err(|e| Error::fatal(format!("making {}: {e}", folder.display())))?;
-        }
-        let fresh = !path.exists();
-        let builder = Self::builder();
-        let database =
-            builder.create(path).map_err(|e| Error::fatal(format!("opening the checkpoint store {}: {e}", path.display())))?;
-        if let (true, Some(folder)) = (fresh, path.parent()) {
-            durable::sync_dir(folder);
-        }
-        Self::prepare(database)
+        let made = |e: std::io::Error| Error::fatal(format!("making the checkpoint store {}: {e}", path.display()));
+        let folder = path.parent().unwrap_or(Path::new(""));
+        durable::create_dir(folder).map_err(made)?;
+        store_file::create(path).map_err(made)?;
+        let file = path.to_owned();
+        let open = move || -> std::result::Result<Database, redb::Error> {
+            Ok(Self::builder().create_with_backend(store_file::StoreFile::open(&file)?)?)
+        };
+        Self::prepare(Box::new(open), path)
     }
 
-    /// Opens or makes the store on any storage; for the simulation.
+    /// Opens or makes the store on any storage, of which a clone is the same storage; for the simulation.
     ///
     /// # Errors
     /// As [`Checkpoints::open`].
-    pub fn with_backend(backend: impl StorageBackend) -> Result<Self> {
-        let builder = Self::builder();
-        Self::prepare(builder.create_with_backend(backend).map_err(Error::fatal)?)
+    pub fn with_backend(backend: impl StorageBackend + Clone) -> Result<Self> {
+        let open =
+            move || -> std::result::Result<Database, redb::Error> { Ok(Self::builder().create_with_backend(backend.clone())?) };
+        Self::prepare(Box::new(open), Path::new("memory"))
+    }
+
+    /// On virtual time, a call of a running pipeline takes as long as `delay` says at each.
+    pub(crate) fn dawdling(self, delay: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        Self { delay: Some(Box::new(delay)), ..self }
+    }
+
+    /// How long the next call takes on virtual time.
+    pub(crate) fn delay(&self) -> Duration {
+        self.delay.as_ref().map_or(Duration::ZERO, |delay| delay())
     }
 
     fn builder() -> redb::Builder {
@@ -93,8 +122,16 @@ impl Checkpoints {
         builder
     }
 
-    fn prepare(database: Database) -> Result<Self> {
-        let mut store = Self { database, identity: 0 };
+    fn prepare(open: Open, path: &Path) -> Result<Self> {
+        let mut store = Self {
+            database: RwLock::new(None),
+            open,
+            broken: AtomicBool::new(true),
+            full: AtomicBool::new(false),
+            path: path.to_owned(),
+            identity: 0,
+            delay: None,
+        };
         let (layout, identity) = store.write(|transaction| {
             let mut meta = transaction.open_table(META)?;
             let layout = meta.get("layout")?.map(|value| value.value());
@@ -102,7 +139,7 @@ impl Checkpoints {
                 meta.insert("layout", LAYOUT)?;
             }
             let stored = meta.get("identity")?.map(|value| value.value());
-            let identity = stored.unwrap_or_else(|| fastrand::u64(..));
+            let identity = stored.unwrap_or_else(|| fastrand::u64(1..));
             meta.insert("identity", identity)?;
             for table in [SOURCES, SINKS] {
                 transaction.open_table(table)?;
@@ -127,23 +164,68 @@ impl Checkpoints {
         self.identity
     }
 
-    /// Runs one transaction. A failed commit ends the process when it was the disk that failed: what
-    /// is on it is then unknown, and redb refuses to go on as well.
-    fn write<T>(&self, work: impl FnOnce(&redb::WriteTransaction) -> std::result::Result<T, redb::Error>) -> Result<T> {
-        let transaction = self.database.begin_write().map_err(Error::fatal)?;
-        let value = work(&transaction).map_err(Error::fatal)?;
-        match transaction.commit() {
-            Ok(()) => Ok(value),
-            Err(redb::CommitError::Storage(redb::StorageError::Io(cause))) if cause.kind() != std::io::ErrorKind::StorageFull => {
-                durable::end(Path::new("checkpoint store"), &cause)
+    /// The database, opened anew when an earlier call has broken it; calls that are under way end first.
+    fn database(&self) -> Result<RwLockReadGuard<'_, Option<Database>>> {
+        if self.broken.load(Ordering::Acquire) {
+            let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+            if self.broken.load(Ordering::Acquire) {
+                // The old one lets go of its lock first.
+                *database = None;
+                let opened = (self.open)().map_err(|error| self.failed(error))?;
+                let identity = identity_of(&opened).map_err(|error| self.failed(error))?;
+                if self.identity != 0 && identity != Some(self.identity) {
+                    let path = self.path.display();
+                    return Err(Error::fatal(format!("the checkpoint store {path} was replaced while the pipeline ran")));
+                }
+                *database = Some(opened);
+                self.full.store(false, Ordering::Release);
+                self.broken.store(false, Ordering::Release);
             }
-            Err(cause) => Err(Error::fatal(format!("storing an epoch: {cause}"))),
+        }
+        Ok(self.database.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What an error means for this store. After one of the storage the next call opens it anew.
+    fn failed(&self, error: redb::Error) -> Error {
+        let path = self.path.display();
+        match error {
+            redb::Error::Io(cause) if durable::is_full(&cause) => {
+                self.full.store(true, Ordering::Release);
+                self.broken.store(true, Ordering::Release);
+                Error::fatal(StorageFull::new(&self.path, cause))
+            }
+            redb::Error::Io(_) | redb::Error::PreviousIo | redb::Error::DatabaseClosed => {
+                self.broken.store(true, Ordering::Release);
+                if self.full.load(Ordering::Acquire) {
+                    // Another call has met the full disk, and this one what came of it.
+                    return Error::fatal(StorageFull::new(&self.path, std::io::ErrorKind::StorageFull.into()));
+                }
+                Error::fatal(format!("the checkpoint store {path}: {error}"))
+            }
+            error => Error::fatal(format!("the checkpoint store {path}: {error}")),
+        }
+    }
+
+    /// Runs one transaction. A failed sync has ended the process by then (see [`store_file`]), and so does a commit
+    /// that failed for another reason than a full disk: what is on the disk is then unknown.
+    fn write<T>(&self, work: impl FnOnce(&redb::WriteTransaction) -> std::result::Result<T, redb::Error>) -> Result<T> {
+        // Held to the end: nobody opens the database anew in the middle of a transaction.
+        let database = self.database()?;
+        let database = database.as_ref().ok_or_else(|| self.failed(redb::Error::PreviousIo))?;
+        let transaction = database.begin_write().map_err(|error| self.failed(error.into()))?;
+        let value = work(&transaction).map_err(|error| self.failed(error))?;
+        match transaction.commit().map_err(redb::Error::from) {
+            Ok(()) => Ok(value),
+            Err(redb::Error::Io(cause)) if !durable::is_full(&cause) => durable::end(&self.path, &cause),
+            Err(error) => Err(self.failed(error)),
         }
     }
 
     fn read<T>(&self, work: impl FnOnce(&redb::ReadTransaction) -> std::result::Result<T, redb::Error>) -> Result<T> {
-        let transaction = self.database.begin_read().map_err(Error::fatal)?;
-        work(&transaction).map_err(Error::fatal)
+        let database = self.database()?;
+        let database = database.as_ref().ok_or_else(|| self.failed(redb::Error::PreviousIo))?;
+        let transaction = database.begin_read().map_err(|error| self.failed(error.into()))?;
+        work(&transaction).map_err(|error| self.failed(error))
     }
 
     /// Counts a start of the pipeline; its epochs come after all of earlier starts.
@@ -318,6 +400,15 @@ impl Checkpoints {
     }
 }
 
+/// The identity of the store in this database; `None` when there is none in it.
+fn identity_of(database: &Database) -> std::result::Result<Option<u64>, redb::Error> {
+    match database.begin_read()?.open_table(META) {
+        Ok(meta) => Ok(meta.get("identity")?.map(|value| value.value())),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn to_json(value: &impl Serialize) -> std::result::Result<Vec<u8>, redb::Error> {
     serde_json::to_vec(value).map_err(|e| redb::Error::Corrupted(format!("cannot be written as JSON: {e}")))
 }
@@ -380,5 +471,69 @@ mod tests {
         store.adopt(&["a".into()], &[("b".into(), 5)]).unwrap();
         assert_eq!(store.stages().unwrap(), ["b"]);
         assert_eq!(store.fingerprints().unwrap()["b"], 5);
+    }
+
+    /// A stored epoch whose source stands at `position`.
+    fn at(position: u64) -> Record {
+        let mark = SourceMark { position: Some(Position(serde_json::json!(position))), ended: false };
+        Record { sources: vec![("s".into(), mark)], ..Record::default() }
+    }
+
+    #[test]
+    fn a_full_disk_keeps_what_is_stored_and_is_used_again_when_there_is_space() {
+        let disk = Disk::new();
+        let store = Checkpoints::with_backend(disk.backend()).unwrap();
+        let epoch = Epoch::start(store.start().unwrap()).next();
+        store.store(epoch, &at(1)).unwrap();
+        disk.fill(true);
+        for _ in 0..3 {
+            let error = store.store(epoch.next(), &at(2)).unwrap_err();
+            assert!(durable::is_full(&error), "{error}");
+            assert!(error.to_string().starts_with("no space left on memory"), "{error}");
+        }
+        assert!(durable::is_full(&store.start().unwrap_err()));
+        disk.fill(false);
+        let restored = store.restored().unwrap();
+        assert_eq!((restored.epoch, &restored.sources["s"]), (Some(epoch), &at(1).sources[0].1));
+        let next = Epoch::start(store.start().unwrap()).next();
+        assert!(next > epoch);
+        store.store(next, &at(2)).unwrap();
+        drop(store);
+        let store = Checkpoints::with_backend(disk.after_power_cut().backend()).unwrap();
+        assert_eq!(store.restored().unwrap().epoch, Some(next));
+    }
+
+    #[test]
+    fn what_an_earlier_start_stores_late_is_refused_also_after_a_full_disk() {
+        let disk = Disk::new();
+        let store = Checkpoints::with_backend(disk.backend()).unwrap();
+        let identity = store.identity();
+        let early = Epoch::start(store.start().unwrap()).next();
+        disk.fill(true);
+        store.store(early, &at(1)).unwrap_err();
+        disk.fill(false);
+        store.start().unwrap();
+        let error = store.store(early, &at(1)).unwrap_err();
+        assert!(error.to_string().contains("earlier start"), "{error}");
+        assert_eq!(store.restored().unwrap().epoch, None);
+        assert_eq!(store.identity(), identity);
+    }
+
+    #[test]
+    fn a_file_whose_making_was_cut_short_is_made_anew() {
+        let dir = std::env::temp_dir().join(format!("afferent-checkpoint-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("checkpoint.redb");
+        // What redb leaves when the disk is full, or the power gone, before it has written its first page.
+        std::fs::write(&path, vec![0; 1 << 16]).unwrap();
+        let store = Checkpoints::open(&path).unwrap();
+        let run = store.start().unwrap();
+        let identity = store.identity();
+        assert!(Checkpoints::open(&path).is_err(), "one process has it");
+        drop(store);
+        let store = Checkpoints::open(&path).unwrap();
+        assert!(store.start().unwrap() > run, "what has been made is not made anew");
+        assert_eq!(store.identity(), identity);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -243,7 +243,9 @@ pub trait OperatorConfig: DeserializeOwned + JsonSchema + Send + Sync + 'static 
     /// A stage as one would write it, in YAML.
     const EXAMPLE: &'static str;
 
-    /// The inputs, where the configuration itself names them (the FROM clause of `sql`).
+    /// The inputs, where the configuration itself names them (the FROM clause of `sql`) and so can tell them apart;
+    /// empty where its text cannot be read, which `plan` then tells. An operator that names none takes one stream:
+    /// however many stages feed it, the planner makes one input of them, and refuses inputs that are not alike.
     fn inputs(&self) -> Option<Vec<String>> {
         None
     }

@@ -4,12 +4,46 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::sabotage;
 
 /// Exit code of a process that could not sync (`EX_IOERR` of sysexits.h).
 pub const EXIT_SYNC_FAILED: i32 = 74;
+
+/// No space is left for what was to be written (a sync that fails for that reason ends the process all the same).
+/// Waiting helps: the supervisor tries again for as long as it takes, and nothing is acknowledged meanwhile. It knows
+/// the error by [`is_full`], so whoever adds words to it must keep it as the source.
+#[derive(Debug, thiserror::Error)]
+#[error("no space left on {}", .path.display())]
+pub struct StorageFull {
+    path: PathBuf,
+    #[source]
+    cause: io::Error,
+}
+
+impl StorageFull {
+    /// `path` is what could not be written.
+    pub fn new(path: &Path, cause: io::Error) -> Self {
+        Self { path: path.to_owned(), cause }
+    }
+}
+
+/// Whether this came about because the device, or the quota on it, is used up.
+pub fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        next = match error.downcast_ref::<crate::Error>() {
+            Some(error) => Some(error.cause()),
+            None => error.source(),
+        };
+    }
+    false
+}
 
 /// Writes a file's data to the disk, or ends the process.
 pub fn sync(file: &File, path: &Path) {
@@ -67,4 +101,23 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 pub fn end(path: &Path, cause: &dyn std::error::Error) -> ! {
     tracing::error!(path = %path.display(), %cause, "fsync failed; ending the process, since what was written may be gone");
     std::process::exit(EXIT_SYNC_FAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_full_disk_is_known_by_its_cause() {
+        // ENOSPC, EDQUOT and EIO of Linux.
+        for (number, full) in [(28, true), (122, true), (5, false)] {
+            let cause = io::Error::from_raw_os_error(number);
+            assert_eq!(is_full(&cause), full, "{cause}");
+            let error = Error::fatal(StorageFull::new(Path::new("/data/x"), cause));
+            assert_eq!(is_full(&error), full, "{error}");
+            assert!(error.to_string().starts_with("no space left on /data/x: "), "{error}");
+        }
+        assert!(!is_full(&Error::fatal("no space left on the device")), "words prove nothing");
+    }
 }

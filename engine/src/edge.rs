@@ -10,7 +10,7 @@ use prometheus::IntCounter;
 
 use crate::batch::{Batch, Element};
 use crate::graph::{Overflow, QueueLimit};
-use crate::metrics::StageMetrics;
+use crate::metrics::{QueueFill, StageMetrics};
 
 /// Makes an edge in front of the stage that `consumer` measures.
 pub(crate) fn edge(limit: QueueLimit, overflow: Overflow, consumer: &StageMetrics) -> (Sender, Receiver) {
@@ -22,6 +22,7 @@ pub(crate) fn edge(limit: QueueLimit, overflow: Overflow, consumer: &StageMetric
         writable: AtomicWaker::new(),
         dropped: (overflow != Overflow::Block).then(|| consumer.dropped("overflow")),
         metrics: consumer.clone(),
+        fill: consumer.queue(),
     });
     (Sender(Arc::clone(&shared)), Receiver(shared))
 }
@@ -44,6 +45,7 @@ struct Shared {
     writable: AtomicWaker,
     dropped: Option<IntCounter>,
     metrics: StageMetrics,
+    fill: QueueFill,
 }
 
 impl Shared {
@@ -78,7 +80,7 @@ impl Shared {
         self.metrics.queue_rows.add(rows);
         self.metrics.queue_bytes.add(bytes);
         let fill = (queue.rows as f64 / self.limit.rows.max(1) as f64).max(queue.bytes as f64 / self.limit.bytes.max(1) as f64);
-        self.metrics.queue_fill.set(fill.min(1.0));
+        self.fill.set(fill.min(1.0));
     }
 
     /// Makes room by dropping the oldest batches; marks stay where they are.
@@ -103,7 +105,7 @@ impl Drop for Shared {
         let queue = self.queue.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.metrics.queue_rows.sub(queue.rows as f64);
         self.metrics.queue_bytes.sub(queue.bytes as f64);
-        self.metrics.queue_fill.set(0.0);
+        self.fill.set(0.0);
     }
 }
 
@@ -269,5 +271,23 @@ mod tests {
         assert_eq!(rows(recv(&mut receiver)), 4);
         assert!(recv(&mut receiver).is_none());
         assert_eq!(metrics.dropped("overflow").get(), 3);
+    }
+
+    #[test]
+    fn the_fill_of_a_stage_is_that_of_its_fullest_input() {
+        let metrics = Metrics::new().unwrap().stage("p", "s");
+        let limit = QueueLimit { rows: 10, bytes: 1 << 20 };
+        let ((full, mut behind_full), (idle, mut behind_idle)) =
+            (edge(limit, Overflow::Block, &metrics), edge(limit, Overflow::Block, &metrics));
+        assert!(send(&full, batch(9)));
+        assert!(send(&idle, batch(1)));
+        assert_eq!(metrics.queue_fill.get(), 0.9, "what was measured last is not what counts");
+        recv(&mut behind_idle);
+        assert_eq!(metrics.queue_fill.get(), 0.9);
+        assert!(send(&idle, batch(2)));
+        recv(&mut behind_full);
+        assert_eq!(metrics.queue_fill.get(), 0.2);
+        drop((idle, behind_idle));
+        assert_eq!(metrics.queue_fill.get(), 0.0);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::checkpoint::{Checkpoints, Record};
 use crate::error::{Error, Result};
@@ -25,11 +25,31 @@ pub(crate) const COMMANDS: usize = 3 * EPOCHS_IN_FLIGHT + 8;
 /// How often the age of uncommitted rows is measured while nothing else happens.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
-/// How stored epochs reach the disk: on a thread that may block, or in place (simulation).
+/// Where calls of the checkpoint store run: on a thread that may block, or on virtual time (simulation).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blocking {
     Pool,
-    InPlace,
+    Virtual,
+}
+
+impl Blocking {
+    /// Calls the store. A call that nobody waits for any more goes on all the same; the store refuses what comes late.
+    pub(crate) async fn call<T: Send + 'static>(
+        self,
+        store: &Arc<Checkpoints>,
+        work: impl FnOnce(&Checkpoints) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = Arc::clone(store);
+        let called = match (self, store.delay()) {
+            (Blocking::Pool, _) => tokio::task::spawn_blocking(move || work(&store)),
+            (Blocking::Virtual, delay) if delay.is_zero() => return work(&store),
+            (Blocking::Virtual, delay) => tokio::spawn(async move {
+                sleep(delay).await;
+                work(&store)
+            }),
+        };
+        called.await.map_err(Error::fatal)?
+    }
 }
 
 /// An epoch on its way through the graph.
@@ -232,17 +252,8 @@ impl Coordinator {
     async fn commit_first(&mut self) -> Result<()> {
         let Some(first) = self.state.in_flight.pop_front() else { return Ok(()) };
         let (epoch, record) = (first.epoch, first.record);
-        let record = match self.blocking {
-            Blocking::InPlace => {
-                self.store.store(epoch, &record)?;
-                record
-            }
-            Blocking::Pool => {
-                let store = Arc::clone(&self.store);
-                let stored = tokio::task::spawn_blocking(move || store.store(epoch, &record).map(|()| record));
-                stored.await.map_err(Error::fatal)??
-            }
-        };
+        let stored = move |store: &Checkpoints| store.store(epoch, &record).map(|()| record);
+        let record = self.blocking.call(&self.store, stored).await?;
         if !record.rejected.is_empty() {
             self.rejects_stored.notify_one();
         }

@@ -56,10 +56,34 @@ impl Error {
         self.class
     }
 
+    /// What it was made of.
+    pub(crate) fn cause(&self) -> &(dyn std::error::Error + 'static) {
+        &*self.source
+    }
+
     /// The same error, told as part of a larger attempt: `context: cause`.
     #[must_use]
     pub fn context(self, context: impl fmt::Display) -> Self {
-        Self { class: self.class, source: format!("{context}: {}", self.source).into() }
+        Self { class: self.class, source: Box::new(Told { attempt: context.to_string(), cause: self.source }) }
+    }
+}
+
+/// A cause, told as part of a larger attempt. Keeps the cause itself: it may be one that is acted upon.
+#[derive(Debug)]
+struct Told {
+    attempt: String,
+    cause: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.attempt)
+    }
+}
+
+impl std::error::Error for Told {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.cause)
     }
 }
 
@@ -90,5 +114,13 @@ mod tests {
         let error = Error::retry("connection refused").context("connecting to mqtt://localhost:1883");
         assert_eq!(error.class(), Class::Retry);
         assert_eq!(error.to_string(), "connecting to mqtt://localhost:1883: connection refused");
+    }
+
+    #[test]
+    fn a_full_disk_is_recognised_however_often_it_is_told() {
+        let cause = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let error = Error::fatal(cause).context("writing a part").context("stage out");
+        assert!(crate::durable::is_full(&error));
+        assert!(!crate::durable::is_full(&Error::fatal("full").context("stage out")));
     }
 }

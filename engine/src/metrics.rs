@@ -150,6 +150,7 @@ impl Metrics {
             queue_rows: f.queue_rows.with_label_values(&of),
             queue_bytes: f.queue_bytes.with_label_values(&of),
             queue_fill: f.queue_fill.with_label_values(&of),
+            fills: Arc::default(),
             send_wait: f.send_wait.with_label_values(&of),
             retries: f.retries.with_label_values(&of),
         }
@@ -207,6 +208,8 @@ pub struct StageMetrics {
     pub queue_bytes: Gauge,
     /// Fill of the fullest queue in front.
     pub queue_fill: Gauge,
+    /// Fill of each queue in front.
+    fills: Arc<Mutex<Vec<f64>>>,
     /// Seconds waited for room behind.
     pub send_wait: Counter,
     /// Repeated calls.
@@ -214,6 +217,13 @@ pub struct StageMetrics {
 }
 
 impl StageMetrics {
+    /// One more queue in front of the stage.
+    pub(crate) fn queue(&self) -> QueueFill {
+        let mut fills = self.fills.lock().unwrap_or_else(PoisonError::into_inner);
+        fills.push(0.0);
+        QueueFill { gauge: self.queue_fill.clone(), fills: Arc::clone(&self.fills), at: fills.len() - 1 }
+    }
+
     /// Rows rejected for `reason`.
     pub fn rejected(&self, reason: &str) -> IntCounter {
         self.families.rejected.with_label_values(&[&*self.pipeline, &*self.stage, reason])
@@ -227,6 +237,23 @@ impl StageMetrics {
     /// Errors of `class`.
     pub fn errors(&self, class: crate::Class) -> IntCounter {
         self.families.errors.with_label_values(&[&*self.pipeline, &*self.stage, class.as_str()])
+    }
+}
+
+/// The fill of one of the queues in front of a stage; the stage's gauge shows the fullest.
+pub(crate) struct QueueFill {
+    gauge: Gauge,
+    fills: Arc<Mutex<Vec<f64>>>,
+    at: usize,
+}
+
+impl QueueFill {
+    /// This queue is now so full, 0 to 1.
+    pub(crate) fn set(&self, fill: f64) {
+        // The gauge is set under the lock: else it could keep what another queue has meanwhile left behind.
+        let mut fills = self.fills.lock().unwrap_or_else(PoisonError::into_inner);
+        fills[self.at] = fill;
+        self.gauge.set(fills.iter().copied().fold(0.0, f64::max));
     }
 }
 

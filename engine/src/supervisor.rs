@@ -1,5 +1,6 @@
 //! Runs a pipeline to its end: takes up the last stored epoch, assembles, watches, and after a failure
-//! begins again from the last epoch, with backoff. Moves rejected rows to the dead-letter table meanwhile.
+//! begins again from the last epoch, with backoff; a full disk it waits out. Moves rejected rows to the dead-letter
+//! table meanwhile.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,21 +10,24 @@ use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
 use arrow::ipc::reader::StreamReader;
 use async_trait::async_trait;
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::assembly::{Assembly, Runtimes};
 use crate::backoff::Backoff;
 use crate::checkpoint::Checkpoints;
+use crate::durable;
 use crate::epoch::{Blocking, Coordinator, Ending, Pacing};
 use crate::error::{Error, Result};
-use crate::graph::Graph;
+use crate::graph::{Graph, Role};
 use crate::metrics::Metrics;
 use crate::position::Epoch;
 use crate::rejected;
 use crate::sabotage::Planted;
-use crate::stage::{Loop, Report, Stop};
+use crate::stage::{HELD_REJECTS, HELD_REJECTS_SIMULATED, Loop, Report, Stop};
 
 /// Room for reports: stages wait when the coordinator is busy storing, and none is ever lost.
 const REPORTS: usize = 256;
@@ -87,7 +91,8 @@ pub struct Options {
     pub seed: u64,
     /// Faults planted by a test.
     pub planted: Planted,
-    /// Store epochs in place instead of on a blocking thread: for runs on virtual time.
+    /// Call the store in place instead of on a blocking thread: for runs on virtual time. Limits that only bound memory
+    /// are then so small that few rows reach them.
     pub virtual_time: bool,
 }
 
@@ -140,7 +145,8 @@ pub async fn run(graph: &Graph, options: &Options) -> std::result::Result<Ending
 
 async fn supervise(graph: &Graph, options: &Options) -> std::result::Result<Ending, RunError> {
     let metrics = options.metrics.pipeline(&graph.name);
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10), options.seed);
+    let new_backoff = || Backoff::new(Duration::from_millis(100), Duration::from_secs(10), options.seed);
+    let (mut backoff, mut without_space) = (new_backoff(), new_backoff());
     loop {
         let (committed_before, began) = (metrics.epochs.get(), Instant::now());
         let error = match attempt(graph, options).await {
@@ -154,13 +160,20 @@ async fn supervise(graph: &Graph, options: &Options) -> std::result::Result<Endi
         };
         if metrics.epochs.get() > committed_before || began.elapsed() > LONG_LIFE {
             backoff.reset();
+            without_space.reset();
         }
         let restarts = backoff.tries();
-        if restarts >= FUTILE_RESTARTS || options.drain.is_cancelled() {
+        let full = durable::is_full(&error);
+        if (restarts >= FUTILE_RESTARTS && !full) || options.drain.is_cancelled() {
             return Err(RunError::Failed { error, restarts });
         }
-        let wait = backoff.next();
-        tracing::error!(pipeline = %graph.name, %error, "the pipeline failed; restarting from its last epoch in {:.1} s", wait.as_secs_f64());
+        let wait = if full { without_space.next() } else { backoff.next() };
+        if full {
+            // No fault of the pipeline's: it is never given up for that, and goes on from its last epoch.
+            tracing::error!(pipeline = %graph.name, "{error}: will try again in {wait:?}");
+        } else {
+            tracing::error!(pipeline = %graph.name, %error, "the pipeline failed; restarting from its last epoch in {wait:?}");
+        }
         metrics.restarts.inc();
         tokio::select! {
             biased;
@@ -188,9 +201,12 @@ fn adopt(graph: &Graph, options: &Options) -> std::result::Result<(), RunError> 
             (None, Some(_)) => format!("stage `{stage}` is gone"),
             // It left earlier, which was told then.
             (None, None) => continue,
-            (Some(node), Some(fingerprint)) if *fingerprint != node.fingerprint => {
-                format!("the configuration of stage `{stage}` is another")
-            }
+            (Some(node), Some(fingerprint)) if *fingerprint != node.fingerprint => match node.role {
+                Role::Source(_) => {
+                    format!("the configuration of source `{stage}` is another, and its stored position belongs to the old one")
+                }
+                _ => format!("the configuration of stage `{stage}` is another"),
+            },
             _ if options.restore == Restore::Fresh => String::new(),
             _ => continue,
         };
@@ -206,7 +222,9 @@ fn adopt(graph: &Graph, options: &Options) -> std::result::Result<(), RunError> 
 
 /// One run of all tasks, from the last stored epoch to the end or to the first failure.
 async fn attempt(graph: &Graph, options: &Options) -> Result<Ending> {
-    let run = options.store.start()?;
+    let blocking = if options.virtual_time { Blocking::Virtual } else { Blocking::Pool };
+    let begun = blocking.call(&options.store, |store| Ok((store.start()?, store.restored()?)));
+    let (run, restored) = begun.await?;
     let (reports, inbox) = mpsc::channel::<Report>(REPORTS);
     let context = Loop {
         pipeline: graph.name.as_str().into(),
@@ -215,11 +233,12 @@ async fn attempt(graph: &Graph, options: &Options) -> Result<Ending> {
         planted: options.planted,
         wall: if options.virtual_time { 0 } else { wall_clock_ms() },
         started: Instant::now(),
+        held_rejects: if options.virtual_time { HELD_REJECTS_SIMULATED } else { HELD_REJECTS },
     };
     let assembly = Assembly {
         graph,
         store: &options.store,
-        restored: options.store.restored()?,
+        restored,
         metrics: &options.metrics,
         data_dir: options.data_dir.clone(),
         runtimes: &options.runtimes,
@@ -231,7 +250,7 @@ async fn attempt(graph: &Graph, options: &Options) -> Result<Ending> {
     let rejects_stored = Arc::new(Notify::new());
     let coordinator = Coordinator {
         store: Arc::clone(&options.store),
-        blocking: if options.virtual_time { Blocking::InPlace } else { Blocking::Pool },
+        blocking,
         pace: graph.pace(),
         sources: assembled.sources,
         sinks: assembled.sinks,
@@ -291,6 +310,8 @@ async fn first_failure(tasks: &mut tokio::task::JoinSet<std::result::Result<(), 
 fn failure(joined: std::result::Result<std::result::Result<(), Stop>, tokio::task::JoinError>) -> Option<Error> {
     match joined {
         Ok(Ok(()) | Err(Stop::TornDown)) => None,
+        // It says what is full, and is known by its cause, which words around it would hide.
+        Ok(Err(Stop::Failed { error, .. })) if durable::is_full(&error) => Some(error),
         Ok(Err(Stop::Failed { stage, error })) => Some(error.context(format!("stage {stage}"))),
         Err(join) if join.is_panic() => Some(Error::fatal(format!("a stage panicked: {join}"))),
         Err(_) => None,
@@ -300,13 +321,25 @@ fn failure(joined: std::result::Result<std::result::Result<(), Stop>, tokio::tas
 /// Moves all stored rejects to the dead-letter table.
 async fn move_dead_letters(graph: &Graph, options: &Options) -> Result<()> {
     let Some(table) = &options.dead_letters else { return Ok(()) };
+    let origin = format!("{}/{:x}", graph.name, options.store.identity());
+    let (store, table) = (Arc::clone(&options.store), Arc::clone(table));
+    if options.virtual_time {
+        return move_rejected(&origin, &store, &table).await;
+    }
+    // It reads, encodes and syncs: not on a thread that serves sockets.
+    let runtime = Handle::current();
+    spawn_blocking(move || runtime.block_on(move_rejected(&origin, &store, &table))).await.map_err(Error::fatal)?
+}
+
+/// Two of these may run at once, one of them left over from an earlier attempt: what is in the table is looked up under
+/// its lock, and moved no second time.
+async fn move_rejected(origin: &str, store: &Checkpoints, table: &Mutex<dyn DeadLetters>) -> Result<()> {
     loop {
-        let mut waiting = options.store.rejected(MOVED_BYTES)?;
+        let mut waiting = store.rejected(MOVED_BYTES)?;
         let Some((last, _)) = waiting.last() else { return Ok(()) };
         let last = *last;
         let mut table = table.lock().await;
-        let origin = format!("{}/{:x}", graph.name, options.store.identity());
-        let newest = table.newest(&origin).await?;
+        let newest = table.newest(origin).await?;
         waiting.retain(|(number, _)| *number > newest);
         let mut rows = Vec::new();
         for (_, stream) in &waiting {
@@ -317,12 +350,77 @@ async fn move_dead_letters(graph: &Graph, options: &Options) -> Result<()> {
         }
         let rows = concat_batches(&rejected::schema(), &rows).map_err(Error::fatal)?;
         if rows.num_rows() > 0 {
-            table.append(&origin, last, rows).await?;
+            table.append(origin, last, rows).await?;
         }
-        options.store.forget_rejected(last)?;
+        store.forget_rejected(last)?;
     }
 }
 
 fn wall_clock_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, ThreadId};
+
+    use arrow::ipc::writer::StreamWriter;
+
+    use super::*;
+    use crate::checkpoint::Record;
+    use crate::rejected::{Given, Rejected};
+    use crate::testing::disk::Disk;
+
+    /// Remembers which thread an append ran on.
+    struct Watched(Arc<std::sync::Mutex<Vec<ThreadId>>>);
+
+    #[async_trait]
+    impl DeadLetters for Watched {
+        async fn newest(&mut self, _: &str) -> Result<u64> {
+            Ok(0)
+        }
+
+        async fn append(&mut self, _: &str, _: u64, rows: RecordBatch) -> Result<()> {
+            assert_eq!(rows.num_rows(), 1);
+            self.0.lock().unwrap().push(thread::current().id());
+            Ok(())
+        }
+    }
+
+    /// Moves one reject, and tells whether that happened on the calling thread.
+    async fn moves_on_this_thread(virtual_time: bool) -> bool {
+        let row = Rejected { code: "c", reason: "r".into(), position: "p".into(), given: Given::Bytes(vec![1]) };
+        let rows = rejected::to_batch("p", "s", 0, &[row]).unwrap();
+        let mut stream = StreamWriter::try_new(Vec::new(), &rows.schema()).unwrap();
+        stream.write(&rows).unwrap();
+        let record = Record { rejected: vec![stream.into_inner().unwrap()], ..Record::default() };
+        let store = Arc::new(Checkpoints::with_backend(Disk::new().backend()).unwrap());
+        store.store(Epoch::start(1), &record).unwrap();
+        let threads: Arc<std::sync::Mutex<Vec<ThreadId>>> = Arc::default();
+        let graph = Graph { name: "p".into(), nodes: Vec::new(), commit_interval: None };
+        let options = Options {
+            store,
+            data_dir: PathBuf::new(),
+            metrics: Metrics::new().unwrap(),
+            runtimes: Runtimes::current(),
+            drain: CancellationToken::new(),
+            drain_limit: Duration::ZERO,
+            dead_letters: Some(Arc::new(Mutex::new(Watched(Arc::clone(&threads))))),
+            restore: Restore::Strict,
+            seed: 0,
+            planted: Planted::default(),
+            virtual_time,
+        };
+        move_dead_letters(&graph, &options).await.unwrap();
+        assert!(options.store.rejected(1).unwrap().is_empty());
+        let threads = threads.lock().unwrap();
+        assert_eq!(threads.len(), 1);
+        threads[0] == thread::current().id()
+    }
+
+    #[tokio::test]
+    async fn dead_letters_are_moved_on_a_thread_that_may_block() {
+        assert!(!moves_on_this_thread(false).await);
+        assert!(moves_on_this_thread(true).await, "on virtual time there is one thread");
+    }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong with a codec or a file as a whole; every public function of this crate gives it. A bad
-//! payload or line is no error: it is rejected with a reason and the rest flows.
+//! payload or line is no error: it is rejected with a reason and the rest flows. Invariant: an error tells what was
+//! attempted and leaves the cause to its source, so that whoever prints the chain prints each cause once.
 
 use std::path::PathBuf;
 
@@ -57,7 +58,7 @@ pub enum FormatError {
         rows: usize,
     },
     /// The operating system said no.
-    #[error("cannot {action} {path}: {source}")]
+    #[error("cannot {action} {path}")]
     File {
         /// What was attempted, e.g. `open`.
         action: &'static str,
@@ -67,12 +68,38 @@ pub enum FormatError {
         source: std::io::Error,
     },
     /// Writing the encoded bytes failed.
-    #[error("cannot write encoded rows: {0}")]
+    #[error("cannot write encoded rows")]
     Write(#[from] std::io::Error),
     /// Arrow refused a batch.
-    #[error("arrow: {0}")]
+    #[error(transparent)]
     Arrow(#[from] ArrowError),
     /// Parquet refused a file.
-    #[error("parquet: {0}")]
+    #[error(transparent)]
     Parquet(#[from] ParquetError),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+    use std::{io, iter};
+
+    use super::*;
+
+    #[test]
+    fn a_chain_tells_each_cause_once_and_keeps_the_system_s() {
+        let gone = || io::Error::other("gone");
+        let file = FormatError::File { action: "open", path: "a.csv".into(), source: gone() };
+        let bad = ParquetError::General("bad footer".to_owned());
+        for (error, told) in [
+            (file, "cannot open a.csv: gone"),
+            (FormatError::from(gone()), "cannot write encoded rows: gone"),
+            (FormatError::from(bad), "Parquet error: bad footer"),
+        ] {
+            let first: &dyn Error = &error;
+            let chain: Vec<String> = iter::successors(Some(first), |&error| error.source()).map(ToString::to_string).collect();
+            assert_eq!(chain.join(": "), told);
+        }
+        let written = FormatError::from(ParquetError::from(gone()));
+        assert!(written.source().is_some_and(|cause| cause.is::<io::Error>()), "a full disk is known by its cause");
+    }
 }

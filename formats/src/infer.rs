@@ -34,14 +34,15 @@ pub fn infer_json<'a>(samples: impl IntoIterator<Item = &'a [u8]>) -> Result<Dec
             Ok(fields @ Guess::Fields(_)) => all = all.merge(fields),
             Ok(Guess::List(items)) if matches!(*items, Guess::Fields(_)) => all = all.merge(*items),
             Ok(_) => last_error = Some("neither an object nor an array of objects".to_owned()),
-            Err(error) => last_error = Some(error.to_string()),
+            Err(error) => last_error = Some(format!("not JSON: {error}")),
         }
     }
     match all {
         Guess::Fields(fields) if !fields.is_empty() => Ok(declare(fields)),
         _ => Err(FormatError::Infer(match last_error {
-            None => format!("none of {seen} samples has a field"),
-            Some(error) => format!("none of {seen} samples has a field; the last is bad: {error}"),
+            None if seen == 0 => "the sample is empty".to_owned(),
+            None => format!("no field in any of the {seen} samples"),
+            Some(error) => format!("no field in any of the {seen} samples; the last of them: {error}"),
         })),
     }
 }
@@ -299,8 +300,8 @@ mod tests {
     fn bad_samples_are_passed_over_unless_all_are() {
         assert_eq!(json(&["{", r#"{"a":1}"#, "[1]"]), "{ a: int64 }");
         let error = json(&["{}", "{\"a\":"]);
-        assert!(error.contains("none of 2 samples") && error.contains("EOF"), "{error}");
-        assert!(json(&[]).contains("none of 0 samples"));
+        assert!(error.contains("no field in any of the 2 samples; the last of them: not JSON: EOF"), "{error}");
+        assert_eq!(json(&[]), "cannot infer a schema: the sample is empty");
     }
 
     #[test]

@@ -10,9 +10,10 @@ use std::fmt;
 use arrow::array::BinaryArray;
 use arrow::datatypes::SchemaRef;
 use serde::Deserializer;
-use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use crate::error::FormatError;
+use crate::json_value::wrong_type;
 use crate::payload::{Decoded, Limits, Policy};
 use crate::rows::Rows;
 
@@ -60,10 +61,20 @@ pub(crate) fn push_json(rows: &mut Rows, payload: &[u8], depth: usize, shape: Sh
     if payload.trim_ascii().is_empty() {
         return Err("empty payload".to_owned());
     }
-    let text = std::str::from_utf8(payload).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
+    let text =
+        std::str::from_utf8(payload).map_err(|error| format!("not JSON: invalid UTF-8 at byte {}", error.valid_up_to()))?;
     check_depth(payload, depth)?;
     let mut json = serde_json::Deserializer::from_str(text);
-    Records { rows, shape }.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| error.to_string())
+    Records { rows, shape }.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| reason(text, &error))
+}
+
+/// Why a text gives no row. Whether it is JSON at all is asked once more, without columns: a fault of syntax within
+/// a field comes wrapped in the field's name and reads like one of the value.
+fn reason(text: &str, error: &serde_json::Error) -> String {
+    match serde_json::from_str::<IgnoredAny>(text) {
+        Err(syntax) => format!("not JSON: {syntax}"),
+        Ok(IgnoredAny) => error.to_string(),
+    }
 }
 
 /// Refuses nesting beyond `limit` before anything follows it.
@@ -93,6 +104,15 @@ fn check_depth(payload: &[u8], limit: usize) -> Result<(), String> {
     Ok(())
 }
 
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Shape::Object => "an object",
+            Shape::ObjectOrArray => "an object or an array of objects",
+        })
+    }
+}
+
 /// Reads one value of the given shape into rows.
 struct Records<'a> {
     rows: &'a mut Rows,
@@ -111,10 +131,31 @@ impl<'de> Visitor<'de> for Records<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.shape {
-            Shape::Object => "an object",
-            Shape::ObjectOrArray => "an object or an array of objects",
-        })
+        write!(f, "{}", self.shape)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Bool(value)))
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Signed(value)))
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Unsigned(value)))
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Float(value)))
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Str(value)))
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        Err(wrong_type(self.shape, Unexpected::Unit))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
@@ -123,8 +164,7 @@ impl<'de> Visitor<'de> for Records<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         if self.shape == Shape::Object {
-            let unexpected = serde::de::Unexpected::Seq;
-            return Err(serde::de::Error::invalid_type(unexpected, &self));
+            return Err(wrong_type(self.shape, Unexpected::Seq));
         }
         loop {
             let item = Records { rows: &mut *self.rows, shape: Shape::Object };
@@ -180,23 +220,23 @@ mod tests {
         let bad: [(&[u8], &str); 20] = [
             (b"", "empty payload"),
             (b" \r\n\t", "empty payload"),
-            (b"{\"n\":1,\"s\":\"a", "EOF while parsing a string"),
-            (b"{\"n\":1", "EOF while parsing an object"),
-            (b"2}", "expected an object or an array of objects"),
-            (b"{\"n\":1}{\"n\":2}", "trailing characters"),
-            (b"{\"n\":1}\n{\"n\":2}", "trailing characters"),
-            (b"\xff\xfe\x00\x01", "invalid UTF-8 at byte 0"),
-            (b"{\"n\":1,\"s\":\"\xc3\"}", "invalid UTF-8 at byte 12"),
-            (b"{\"n\":1}\0", "trailing characters"),
-            (b"{\"s\":\"a\0b\"}", "control character"),
+            (b"{\"n\":1,\"s\":\"a", "not JSON: EOF while parsing a string"),
+            (b"{\"n\":1", "not JSON: EOF while parsing an object"),
+            (b"2}", "not JSON: trailing characters"),
+            (b"{\"n\":1}{\"n\":2}", "not JSON: trailing characters"),
+            (b"{\"n\":1}\n{\"n\":2}", "not JSON: trailing characters"),
+            (b"\xff\xfe\x00\x01", "not JSON: invalid UTF-8 at byte 0"),
+            (b"{\"n\":1,\"s\":\"\xc3\"}", "not JSON: invalid UTF-8 at byte 12"),
+            (b"{\"n\":1}\0", "not JSON: trailing characters"),
+            (b"{\"s\":\"a\0b\"}", "not JSON: control character"),
             (bomb.as_bytes(), "nested more than 64"),
             (deep.as_bytes(), "nested more than 64"),
             (b"{\"n\":300000000000}", "out of range for int32"),
             (b"{\"n\":1.7}", "expected int32"),
-            (b"{\"n\":\"12\"}", "field 'n': invalid type: string \"12\", expected int32"),
+            (b"{\"n\":\"12\"}", "field 'n': expected int32, found string \"12\""),
             (b"{\"f\":1e39}", "out of range for float32"),
-            (b"{\"n\":1,,\"s\":\"a\"}", "key must be a string"),
-            (b"null", "expected an object or an array of objects"),
+            (b"{\"n\":1,,\"s\":\"a\"}", "not JSON: key must be a string"),
+            (b"null", "expected an object or an array of objects, found null"),
             (b"[{\"n\":1},{\"n\":true}]", "expected int32"),
         ];
         let good: Vec<String> = (0..1_000).map(|n| format!("{{\"n\":{n},\"s\":\"row {n}\",\"f\":{n}.5}}")).collect();
@@ -211,6 +251,7 @@ mod tests {
         for (index, (rejected, (_, reason))) in decoded.rejected.iter().zip(&bad).enumerate() {
             assert_eq!(rejected.payload as usize, 7 + index * 49);
             assert!(rejected.reason.contains(reason), "{index}: {rejected:?}");
+            assert_eq!(rejected.reason.starts_with("not JSON"), reason.starts_with("not JSON"), "{index}: {rejected:?}");
             assert!(rejected.reason.len() < 500);
         }
         assert_eq!(decoded.batch.num_rows(), 1_000 - bad.len());
@@ -267,7 +308,7 @@ mod tests {
         let declared = r#"{"p":{"struct":{"lat":"float64!"}},"v":{"fixed_size_list":{"item":"float32","size":2}},
             "r":"int8!","h":"binary","d":"date","t":"timestamp_ms","b":"boolean"}"#;
         for (payload, expected) in [
-            (r#"{"r":1,"p":{"lat":"x"}}"#, "field 'p': field 'lat': invalid type: string \"x\", expected float64"),
+            (r#"{"r":1,"p":{"lat":"x"}}"#, "field 'p': field 'lat': expected float64, found string \"x\""),
             (r#"{"r":1,"p":{}}"#, "field 'p': missing field 'lat'"),
             (r#"{"r":1,"p":{"lat":null}}"#, "null in a required field"),
             (r#"{"r":null}"#, "field 'r': null in a required field"),
@@ -276,13 +317,16 @@ mod tests {
             (r#"{"r":1,"v":[1]}"#, "1 items instead of 2"),
             (r#"{"r":1,"v":[1,2,3]}"#, "more than 2 items"),
             (r#"{"r":1,"v":1}"#, "expected { fixed_size_list"),
+            (r#"{"r":[1]}"#, "field 'r': expected int8, found a list"),
+            ("7", "expected an object or an array of objects, found integer `7`"),
+            (r#"["x"]"#, "expected an object, found string \"x\""),
             (r#"{"r":1,"h":"abc"}"#, "hexadecimal"),
             (r#"{"r":1,"d":"2024-02-30"}"#, "not an ISO 8601 date"),
             (r#"{"r":1,"t":"yesterday"}"#, "not an ISO 8601 timestamp"),
             (r#"{"r":1,"t":"2024-01-01T00:00:00é"}"#, "not an ISO 8601 timestamp"),
             (r#"{"r":1,"t":1.5}"#, "expected timestamp_ms"),
             (r#"{"r":1,"b":1}"#, "expected boolean"),
-            (r#"{"r":1,"b":{}}"#, "invalid type: map, expected boolean"),
+            (r#"{"r":1,"b":{}}"#, "field 'b': expected boolean, found an object"),
         ] {
             let reason = reason(declared, payload);
             assert!(reason.contains(expected), "{payload}: {reason}");

@@ -10,6 +10,16 @@ use serde::de::{self, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAcc
 use crate::column::{Column, Refusal, Values};
 use crate::payload::{Missing, Policy, Unknown};
 
+/// A value of another kind than `expected`, in the words of every codec: `expected int32, found ...`.
+pub(crate) fn wrong_type<E: de::Error>(expected: impl fmt::Display, found: Unexpected<'_>) -> E {
+    match found {
+        Unexpected::Seq => E::custom(format_args!("expected {expected}, found a list")),
+        Unexpected::Map => E::custom(format_args!("expected {expected}, found an object")),
+        Unexpected::Unit => E::custom(format_args!("expected {expected}, found null")),
+        found => E::custom(format_args!("expected {expected}, found {found}")),
+    }
+}
+
 /// Reads one JSON value into a column.
 pub(crate) struct Slot<'a> {
     pub(crate) column: &'a mut Column,
@@ -19,7 +29,7 @@ pub(crate) struct Slot<'a> {
 impl Slot<'_> {
     fn check<E: de::Error>(&self, outcome: Result<(), Refusal>, found: Unexpected<'_>) -> Result<(), E> {
         outcome.map_err(|refusal| match refusal {
-            Refusal::Type => E::invalid_type(found, self),
+            Refusal::Type => wrong_type(self.column.type_name(), found),
             Refusal::Range => E::custom(format_args!("{found} is out of range for {}", self.column.type_name())),
             Refusal::Because(reason) => E::custom(reason),
         })
@@ -95,7 +105,7 @@ impl<'de> Visitor<'de> for Slot<'_> {
                 }
             }
             _ => {
-                return Err(A::Error::invalid_type(Unexpected::Seq, &Slot { column, policy }));
+                return Err(wrong_type(column.type_name(), Unexpected::Seq));
             }
         }
         column.complete();
@@ -108,7 +118,7 @@ impl<'de> Visitor<'de> for Slot<'_> {
         match column.values_mut() {
             Values::Struct(fields) => read_fields(fields, row, policy, map)?,
             _ => {
-                return Err(A::Error::invalid_type(Unexpected::Map, &Slot { column, policy }));
+                return Err(wrong_type(column.type_name(), Unexpected::Map));
             }
         }
         column.complete();

@@ -147,7 +147,8 @@ pub enum RuntimeError {
 }
 
 /// How one gets ONNX Runtime.
-const INSTALL: &str = "get it with `pip install onnxruntime`, or set ORT_DYLIB_PATH to libonnxruntime";
+const INSTALL: &str =
+    "get it with `pip install onnxruntime` in a virtual environment, or set ORT_DYLIB_PATH to the path of libonnxruntime.so";
 
 /// The backend that loads models. Cheap to clone; make one and pass it on, because ONNX Runtime can be
 /// started only once in a process.

@@ -70,7 +70,7 @@ impl Search {
     /// The places in words, for a message.
     pub(crate) fn places(&self) -> String {
         format!(
-            "`{}`, an installed onnxruntime Python package, and the library paths of the system",
+            "`{}`, an installed onnxruntime Python package or the library paths of the system",
             self.data_dir.join("lib").display()
         )
     }

@@ -53,7 +53,7 @@ pub enum RepositoryError {
         name: String,
     },
     /// No root has the model.
-    #[error("no model `{name}` in {looked}; {found}")]
+    #[error("no model `{name}` in {looked}; {found}; its file goes to `{}`", .place.display())]
     Unknown {
         /// What was asked for.
         name: String,
@@ -61,6 +61,8 @@ pub enum RepositoryError {
         looked: String,
         /// The models that are there.
         found: String,
+        /// Where the file of a first version would be found.
+        place: PathBuf,
     },
     /// The model has no such version, or none that its policy allows.
     #[error("no version {wanted} of the model `{name}` in `{}`; {found}", .directory.display())]
@@ -73,6 +75,20 @@ pub enum RepositoryError {
         directory: PathBuf,
         /// The versions that are there.
         found: String,
+    },
+    /// The version has a directory, and no model in it.
+    #[error(
+        "version {version} of the model `{name}` has no file: put the ONNX model at `{}`, or name the file in \
+         `default_model_filename` of its config.pbtxt",
+        .path.display()
+    )]
+    NoFile {
+        /// The model.
+        name: String,
+        /// Its version.
+        version: u64,
+        /// Where the file should be.
+        path: PathBuf,
     },
     /// The model is for another backend.
     #[error("the model `{name}` is for `{asked}`, and only onnxruntime models are served")]
@@ -165,7 +181,12 @@ impl Repository {
 
         let file_name = config.default_model_filename.as_deref().unwrap_or("model.onnx");
         let path = inside(&directory, &directory.join(version.to_string()), file_name)?;
-        let bytes = read(&path)?;
+        let bytes = match read(&path) {
+            Err(RepositoryError::Read { path, error }) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(RepositoryError::NoFile { name: name.into(), version, path });
+            }
+            other => other?,
+        };
 
         let mut labels = HashMap::new();
         for output in &config.outputs {
@@ -183,6 +204,7 @@ impl Repository {
             name: name.into(),
             looked: if looked.is_empty() { "an empty list of repositories".into() } else { looked.join(" or ") },
             found: if names.is_empty() { "no models were found".into() } else { format!("found: {}", names.join(", ")) },
+            place: self.roots.first().cloned().unwrap_or_default().join(name).join("1/model.onnx"),
         }
     }
 }
@@ -339,14 +361,15 @@ mod tests {
         assert_eq!(
             error.to_string(),
             format!(
-                "no model `shutle` in `{}` or `{}`; found: exercise, shuttle",
+                "no model `shutle` in `{}` or `{}`; found: exercise, shuttle; its file goes to `{}/shutle/1/model.onnx`",
                 first.path().display(),
-                second.path().display()
+                second.path().display(),
+                first.path().display()
             )
         );
         let gone = Repository::new(vec![first.path().join("gone")]);
         let error = gone.load("m", None).unwrap_err().to_string();
-        assert!(error.ends_with("no models were found"), "{error}");
+        assert!(error.contains("; no models were found; its file goes to `"), "{error}");
     }
 
     #[test]
@@ -415,6 +438,7 @@ mod tests {
         fs::create_dir_all(root.path().join("m/1")).unwrap();
         let error = repository(&[&root]).load("m", None).unwrap_err().to_string();
         let path = root.path().join("m/1/model.onnx");
-        assert!(error.starts_with(&format!("reading `{}`: ", path.display())), "{error}");
+        let told = format!("version 1 of the model `m` has no file: put the ONNX model at `{}`, or name", path.display());
+        assert!(error.starts_with(&told), "{error}");
     }
 }

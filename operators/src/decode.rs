@@ -47,7 +47,7 @@ impl DecodeConfig {
             match columns::find(input, name, &path) {
                 Err(problem) => problems.push(problem),
                 Ok(_) if self.keep[..index].contains(name) => problems
-                    .push(Problem::new("duplicate-column", path, format!("column '{name}' is named twice")).help("name it once")),
+                    .push(Problem::new("duplicate-column", path, format!("column `{name}` is named twice")).help("name it once")),
                 Ok(_) => {}
             }
         }
@@ -69,9 +69,9 @@ impl DecodeConfig {
                         Problem::new(
                             "wrong-type",
                             "/event_time",
-                            format!("the event time '{name}' is declared as {data_type}, which is no timestamp"),
+                            format!("the event time `{name}` is declared as {data_type}, which is no timestamp"),
                         )
-                        .help(format!("declare it as timestamp_ms: {name}: timestamp_ms")),
+                        .help(format!("declare it as `{name}: timestamp_ms`")),
                     );
                 }
             }
@@ -88,9 +88,9 @@ impl OperatorConfig for DecodeConfig {
         let mut problems = Vec::new();
         let payload = input.schema.index_of(message::PAYLOAD).ok();
         if payload.is_none_or(|at| input.schema.field(at).data_type() != &DataType::Binary) {
-            let told = format!("'{}' has no binary column 'payload' to decode", input.name);
+            let told = format!("`{}` has no binary column `payload` to decode", input.name);
             problems.push(Problem::new("not-messages", "", told).help(
-                "put decode directly behind a source of messages (mqtt, kafka); files and tables give typed rows \
+                "put `decode` directly behind a source of messages (`mqtt`, `kafka`); files and tables give typed rows \
                  already",
             ));
         }
@@ -100,7 +100,7 @@ impl OperatorConfig for DecodeConfig {
         for field in declared.fields() {
             if carried.iter().any(|at| input.schema.field(*at).name() == field.name()) {
                 let path = format!("/schema/{}", field.name().replace('~', "~0").replace('/', "~1"));
-                let told = format!("column '{}' is declared, and carried along from '{}' too", field.name(), input.name);
+                let told = format!("column `{}` is declared, and carried along from `{}` too", field.name(), input.name);
                 problems.push(
                     Problem::new("duplicate-column", path, told)
                         .help("rename the captured topic level, or take the field out of the schema"),
@@ -255,7 +255,7 @@ mod tests {
                 ("duplicate-column", "/schema/device"),
             ]
         );
-        assert!(found[1].help.as_ref().unwrap().contains("did you mean 'topic'?"));
+        assert!(found[1].help.as_ref().unwrap().contains("did you mean `topic`?"));
 
         let typed = Arc::new(Schema::new(vec![Field::new("ax", DataType::Float32, true)]));
         let text = r#"{"format":"json","schema":{"ts":"timestamp_ms"}}"#;

@@ -101,7 +101,7 @@ fn column(
         if fits(field.data_type()) {
             return Ok(index);
         }
-        let told = format!("column '{}' is {}, which cannot be used here", field.name(), field.data_type());
+        let told = format!("column `{}` is {}, which cannot be used here", field.name(), field.data_type());
         Err(Problem::new("wrong-type", path, told))
     });
     found.map_err(|problem| problems.push(problem)).ok()
@@ -125,8 +125,8 @@ impl Template {
         while let Some(open) = rest.find('{') {
             let at = text.len() - rest.len() + open;
             let Some(length) = rest[open..].find('}') else {
-                let told = format!("the brace in '{text}' is not closed");
-                problems.push(Problem::new("bad-template", PATH, told).help("write a column as {name}").at(at));
+                let told = format!("the brace in `{text}` is not closed");
+                problems.push(Problem::new("bad-template", PATH, told).help("write a column as `{name}`").at(at));
                 return Self(parts);
             };
             parts.push(Part::Text(rest[..open].to_owned()));

@@ -63,7 +63,7 @@ impl<'de> Deserialize<'de> for Conditions {
                 let mut outputs: Vec<(String, String)> = Vec::new();
                 while let Some((name, condition)) = map.next_entry::<String, String>()? {
                     if outputs.iter().any(|(known, _)| *known == name) {
-                        return Err(de::Error::custom(format_args!("output '{name}' is written twice")));
+                        return Err(de::Error::custom(format_args!("output `{name}` is written twice")));
                     }
                     outputs.push((name, condition));
                 }
@@ -103,10 +103,10 @@ impl OperatorConfig for RouteConfig {
         for (name, text) in self.outputs.0 {
             let path = format!("/outputs/{}", name.replace('~', "~0").replace('/', "~1"));
             if name.is_empty() || name.contains(['.', '/']) {
-                let told = format!("'{name}' cannot be the name of an output");
+                let told = format!("`{name}` cannot be the name of an output");
                 problems.push(
                     Problem::new("bad-name", path.clone(), told)
-                        .help("a stage reads it as STAGE.OUTPUT: write a word without dots and slashes"),
+                        .help("a stage reads it as `STAGE.OUTPUT`: write a word without dots and slashes"),
                 );
             }
             match Condition::plan(&state, &text, &schema, &path) {

@@ -1,16 +1,17 @@
 //! Drawings of a plan: as text for a terminal, and as a Mermaid flowchart for documents. Both show the plan
-//! and nothing else: stages in order, what feeds them, schemas, queues and the guarantee of each path.
+//! and nothing else: stages in order, what feeds them, schemas as they would be declared, queues and the guarantee
+//! of each path.
 
 use std::fmt::{self, Write};
 
 use afferent_engine::component::Output;
 use afferent_engine::config::ByteSize;
 use afferent_engine::graph::Port;
-use arrow::datatypes::{DataType, Schema};
 
 use crate::guarantee::dropping;
 use crate::plan::{Part, Plan, PlannedInput, PlannedStage};
 use crate::spec::StageKind;
+use crate::types;
 
 /// The plan as text, a newline at the end.
 pub fn text(plan: &Plan) -> String {
@@ -32,8 +33,8 @@ fn write_text(plan: &Plan, out: &mut String) -> fmt::Result {
         }
         for output in &stage.outputs {
             match output.name.as_str() {
-                "" => writeln!(out, "  -> {}", columns(&output.schema))?,
-                name => writeln!(out, "  -> {name}: {}", columns(&output.schema))?,
+                "" => writeln!(out, "  -> {}", types::columns(output.schema.fields()))?,
+                name => writeln!(out, "  -> {name}: {}", types::columns(output.schema.fields()))?,
             }
         }
     }
@@ -102,43 +103,9 @@ fn queue(input: &PlannedInput) -> String {
     format!("queue of {} rows, {bytes}{policy}", input.queue.rows)
 }
 
-fn columns(schema: &Schema) -> String {
-    let columns: Vec<String> = schema
-        .fields()
-        .iter()
-        .map(|field| format!("{}: {}{}", field.name(), type_name(field.data_type()), if field.is_nullable() { "?" } else { "" }))
-        .collect();
-    columns.join(", ")
-}
-
-/// An Arrow type in short; a `?` behind a column's type says that it may be null.
-fn type_name(data_type: &DataType) -> String {
-    match data_type {
-        DataType::List(item) | DataType::LargeList(item) => format!("list<{}>", type_name(item.data_type())),
-        DataType::FixedSizeList(item, length) => format!("list<{}, {length}>", type_name(item.data_type())),
-        DataType::Struct(fields) => {
-            let fields: Vec<String> =
-                fields.iter().map(|field| format!("{}: {}", field.name(), type_name(field.data_type()))).collect();
-            format!("struct<{}>", fields.join(", "))
-        }
-        DataType::Map(entries, _) => match entries.data_type() {
-            DataType::Struct(fields) => {
-                format!("map<{}>", fields.iter().map(|field| type_name(field.data_type())).collect::<Vec<_>>().join(", "))
-            }
-            _ => "map".to_owned(),
-        },
-        DataType::Timestamp(unit, zone) => {
-            let unit = format!("{unit:?}").to_lowercase();
-            zone.as_ref().map_or_else(|| format!("timestamp<{unit}>"), |zone| format!("timestamp<{unit}, {zone}>"))
-        }
-        other => format!("{other:?}").to_lowercase(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use afferent_engine::component::PlanContext;
-    use arrow::datatypes::TimeUnit;
 
     use super::*;
     use crate::fakes::registry;
@@ -161,9 +128,9 @@ sinks:
         let shown = text(&plan);
         for part in [
             "pipeline p\n",
-            "source a: memory (ends by itself)\n  -> id: utf8\n",
+            "source a: memory (ends by itself)\n  -> id: utf8!\n",
             "operator b: split\n  <- a (queue of 8192 rows, ",
-            "  -> hot: id: utf8\n  -> cold: id: utf8\n",
+            "  -> hot: id: utf8!\n  -> cold: id: utf8!\n",
             "operator c: pass (3 in parallel)\n  <- b.hot (queue of 8192 rows, ",
             ", drop_oldest)\n",
             "  a -> y: exactly_once (",
@@ -180,13 +147,5 @@ sinks:
             lines.contains(&"  s0 --> s1") && lines.contains(&"  s1 -- hot --> s2") && lines.contains(&"  s1 -- rejected --> s3"),
             "{chart}"
         );
-    }
-
-    #[test]
-    fn types_are_short() {
-        let list = DataType::new_list(DataType::Float32, false);
-        assert_eq!(type_name(&list), "list<float32>");
-        assert_eq!(type_name(&DataType::Timestamp(TimeUnit::Millisecond, Some("UTC".into()))), "timestamp<millisecond, UTC>");
-        assert_eq!(type_name(&afferent_engine::message::headers_type()), "map<utf8, binary>");
     }
 }

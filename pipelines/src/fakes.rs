@@ -22,6 +22,7 @@ pub(crate) fn registry() -> Registry {
     registry.source::<MemorySource>();
     registry.operator::<Pass>();
     registry.operator::<Split>();
+    registry.operator::<Narrow>();
     registry.operator::<Query>();
     registry.sink::<MemorySink>();
     registry
@@ -143,6 +144,27 @@ impl OperatorConfig for Split {
         let schema = SchemaRef::clone(&inputs[0].schema);
         let outputs = ["hot", "cold"].map(|name| Output { name: name.into(), schema: SchemaRef::clone(&schema) });
         Ok(OperatorPlan { outputs: outputs.into(), build: stateless(false) })
+    }
+}
+
+/// Hands only the first column on, and those that it is to keep.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Narrow {
+    /// Further columns.
+    #[serde(default)]
+    keep: Vec<String>,
+}
+
+impl OperatorConfig for Narrow {
+    const NAME: &'static str = "narrow";
+    const EXAMPLE: &'static str = "narrow: { keep: [text] }";
+
+    fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
+        let names = inputs[0].schema.fields().iter().map(|field| field.name().clone());
+        let kept: Vec<String> =
+            names.enumerate().filter(|(at, name)| *at == 0 || self.keep.contains(name)).map(|(_, name)| name).collect();
+        Ok(OperatorPlan { outputs: vec![Output { name: String::new(), schema: schema(&kept) }], build: stateless(false) })
     }
 }
 

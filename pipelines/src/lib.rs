@@ -12,6 +12,7 @@ pub mod document;
 pub mod explain;
 #[cfg(test)]
 mod fakes;
+mod fan_in;
 pub mod guarantee;
 mod lint;
 pub mod plan;
@@ -23,6 +24,7 @@ mod shape;
 pub mod spec;
 mod stage;
 mod suggest;
+mod types;
 mod variables;
 mod wiring;
 

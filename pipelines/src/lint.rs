@@ -112,7 +112,7 @@ mod tests {
             ("  b: { pass: {}, queue: { row: 1 } }\n", "unknown-key", 5, 27, "did you mean `rows`?"),
             ("  b: { pass: {}, split: {} }\n", "several-components", 5, 18, "a stage of its own"),
             ("  b: {}\n", "missing-component", 5, 3, "`pass`"),
-            ("  b: pass\n", "wrong-type", 5, 6, "pass: { expects: id }"),
+            ("  b: pass\n", "wrong-type", 5, 6, "write for example `narrow: {"),
             ("  b c: { pass: {} }\n", "invalid-name", 5, 3, "begin with a letter"),
         ] {
             let text = with(operators);
@@ -176,6 +176,40 @@ sinks:
     }
 
     #[test]
+    fn a_text_that_names_its_inputs_is_judged_before_its_inputs_are() {
+        let two = |operators: &str| with(operators).replace("operators:", "  c: { memory: { columns: [id] } }\noperators:");
+        let found = lint(&two("  b: { query: id }\n").replace("z: {", "z: { inputs: [b],"));
+        assert_eq!(found.iter().map(|d| d.code).collect::<Vec<_>>(), ["sql"]);
+        // What stands beside it is told, too, and does not hide it.
+        let found = lint(&with("  b: { query: id, inputs: [a] }\n"));
+        assert_eq!(found.iter().map(|d| d.code).collect::<Vec<_>>(), ["sql", "conflicting-inputs"]);
+    }
+
+    #[test]
+    fn several_inputs_with_the_same_columns_feed_one_operator() {
+        let text = with("  b: { pass: {}, inputs: [a, c] }\n")
+            .replace("operators:", "  c: { memory: { columns: [id, text] } }\noperators:")
+            .replace("z: {", "z: { inputs: [b],");
+        let plan = planned(&text);
+        assert_eq!(plan.graph.nodes[2].inputs.iter().map(|inlet| inlet.from).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(plan.guarantees.len(), 2);
+        let found = lint(&text.replace("[id, text] } }\noperators", "[id, words] } }\noperators"));
+        assert_eq!((found.len(), found[0].code, found[0].line, found[0].column), (1, "different-schemas", 6, 30));
+        assert!(found[0].message.ends_with("column 2 is `text` in `a` and `words` in `c`"), "{}", found[0].message);
+        assert!(found[0].help.as_deref().unwrap_or_default().contains("`sql`"));
+        assert_eq!(places(&text.replace("[a, c]", "[a, c, a]")), [("duplicate-input", 6, 33)]);
+    }
+
+    #[test]
+    fn a_column_that_ends_in_the_stage_in_front_is_told_so() {
+        let operators = "  b: { narrow: {} }\n  c: { pass: { expects: text } }\n";
+        let found = lint(&with(operators));
+        assert_eq!(found[0].help.as_deref(), Some("`b` does not hand `text` on: add it to its `keep`; look at the source"));
+        let found = lint(&with(&operators.replace("text", "txet")));
+        assert_eq!(found[0].help.as_deref(), Some("look at the source"));
+    }
+
+    #[test]
     fn the_shape_of_the_graph_is_checked() {
         let found = lint(&with("  b: { pass: {}, inputs: [c] }\n  c: { pass: {}, inputs: [b] }\n"));
         assert_eq!((found[0].code, found[0].line, found[0].column), ("cycle", 5, 27));
@@ -214,6 +248,10 @@ sinks:
         let found = lint(&text.replace("[id, text]", "[id], keeps: lost"));
         assert!(found[0].message.contains("memory forgets"), "{}", found[0].message);
         assert!(found[0].help.as_deref().unwrap_or_default().contains("at_most_once"));
+        // Two sinks, one reason: told once, with both.
+        let found = lint(&text.replace("[id, text]", "[id], keeps: lost").replace("sinks:", "sinks:\n  y: { memory: {} }"));
+        assert_eq!(found.len(), 1);
+        assert!(found[0].message.starts_with("`exactly_once` cannot be kept from `a` to `y`, `z`: "), "{}", found[0].message);
     }
 
     #[test]

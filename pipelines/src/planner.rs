@@ -1,10 +1,11 @@
 //! Plans the stages of a wired file, producers first: schemas flow from stage to stage, each component checks
 //! its configuration against what arrives, and the engine's graph is put together. A stage whose input
-//! could not be planned is passed over in silence: its turn comes when the first fault is mended.
+//! could not be planned is passed over in silence: its turn comes when the first fault is mended. An operator that
+//! does not name its inputs itself cannot tell them apart: it is planned with one, which all of them make.
 
 use std::collections::HashMap;
 
-use afferent_engine::component::{Input, OperatorBuild, Output, PlanContext};
+use afferent_engine::component::{Input, OperatorBuild, OperatorPlan, Output, PlanContext};
 use afferent_engine::graph::{Graph, Inlet, Node as GraphNode, Port, Role};
 use afferent_engine::registry::{PlanError, Registry};
 use afferent_engine::rejected;
@@ -17,8 +18,8 @@ use crate::plan::{Part, Plan, PlannedInput, PlannedStage, fingerprint};
 use crate::shape::code_of;
 use crate::spec::{Envelope, StageKind};
 use crate::stage::{File, Stage};
-use crate::suggest;
 use crate::wiring::{Feed, Wiring};
+use crate::{fan_in, suggest};
 
 /// Plans what can be planned; a plan comes out only when nothing at all is wrong.
 pub(crate) fn plan(
@@ -80,12 +81,11 @@ impl Planner<'_, '_> {
             return;
         }
         let Some(inputs) = self.inputs(stage, feeds) else { return };
-        let arriving: Vec<Input> =
-            inputs.iter().map(|input| Input { name: input.name.clone(), schema: SchemaRef::clone(&input.schema) }).collect();
-        let Some((part, outputs, role)) = self.component(stage, &arriving) else { return };
+        let Some((part, outputs, role)) = self.component(stage, feeds, &inputs) else { return };
         if inputs.is_empty() && stage.kind != StageKind::Source {
             let message = format!("nothing feeds `{}`", stage.name());
-            self.diagnostics.push(Diagnostic::error("missing-input", stage.pair.key_span, message));
+            let help = format!("name a stage in its `{}`", stage.component_name());
+            self.diagnostics.push(Diagnostic::error("missing-input", stage.pair.key_span, message).help(help));
             return;
         }
         let inlets =
@@ -130,7 +130,9 @@ impl Planner<'_, '_> {
         complete.then_some(inputs)
     }
 
-    fn component(&mut self, stage: &Stage<'_>, inputs: &[Input]) -> Option<(Part, Vec<Output>, Role)> {
+    fn component(&mut self, stage: &Stage<'_>, feeds: &[Feed], arriving: &[PlannedInput]) -> Option<(Part, Vec<Output>, Role)> {
+        let inputs: Vec<Input> =
+            arriving.iter().map(|input| Input { name: input.name.clone(), schema: SchemaRef::clone(&input.schema) }).collect();
         let mut context = self.context.clone();
         context.pipeline = self.file.envelope.as_ref().map(|envelope| envelope.name.clone()).unwrap_or_default();
         context.stage = stage.name().to_owned();
@@ -142,9 +144,9 @@ impl Planner<'_, '_> {
                     let part = Part::Source { replay: plan.replay, bounded: plan.bounded, in_flight: plan.in_flight };
                     Some((part, outputs, Role::Source(plan.build)))
                 }
-                Err(error) => self.tell(stage, error),
+                Err(error) => self.tell(stage, arriving, error),
             },
-            StageKind::Operator => match (self.registry.operators.get(name)?.plan)(&stage.config, inputs, &context) {
+            StageKind::Operator => match self.operator(stage, feeds, &inputs, &context)? {
                 Ok(plan) => {
                     let parallelism = usize::try_from(stage.keys.parallelism.get()).unwrap_or(usize::MAX);
                     let (stateful, asynchronous) = match &plan.build {
@@ -165,20 +167,55 @@ impl Planner<'_, '_> {
                     let part = Part::Operator { parallelism, stateful, asynchronous };
                     Some((part, plan.outputs, Role::Operator { build: plan.build, parallelism }))
                 }
-                Err(error) => self.tell(stage, error),
+                Err(error) => self.tell(stage, arriving, error),
             },
-            StageKind::Sink => match (self.registry.sinks.get(name)?.plan)(&stage.config, inputs, &context) {
+            StageKind::Sink => match (self.registry.sinks.get(name)?.plan)(&stage.config, &inputs, &context) {
                 Ok(plan) => {
                     let part = Part::Sink { delivery: plan.delivery, commit_interval: plan.commit_interval };
                     Some((part, Vec::new(), Role::Sink { build: plan.build, commit_interval: plan.commit_interval }))
                 }
-                Err(error) => self.tell(stage, error),
+                Err(error) => self.tell(stage, arriving, error),
             },
         }
     }
 
+    /// Plans an operator: over the inputs that it names itself, else over the one that all of them make.
+    fn operator(
+        &mut self,
+        stage: &Stage<'_>,
+        feeds: &[Feed],
+        inputs: &[Input],
+        context: &PlanContext,
+    ) -> Option<Result<OperatorPlan, PlanError>> {
+        let registry = self.registry;
+        let entry = registry.operators.get(stage.component_name())?;
+        if (entry.named_inputs)(&stage.config).is_some() {
+            return Some((entry.plan)(&stage.config, inputs, context));
+        }
+        let stream = match fan_in::one_stream(inputs) {
+            Ok(stream) => stream,
+            Err(difference) => {
+                let span = feeds.get(difference.input).map_or(stage.pair.key_span, |feed| feed.span);
+                let message = format!("the inputs of `{}` are not alike: {}", stage.name(), difference.what);
+                let help =
+                    "an operator takes one stream: put `sql` stages in front of it that select the same columns, in the same \
+                            order and of the same types"
+                        .to_owned();
+                self.diagnostics.push(Diagnostic::error("different-schemas", span, message).help(help));
+                return None;
+            }
+        };
+        let planned = (entry.plan)(&stage.config, stream.as_slice(), context).map(|mut plan| {
+            if let Some(stream) = &stream {
+                plan.build = fan_in::under(&stream.schema, inputs, plan.build);
+            }
+            plan
+        });
+        Some(planned)
+    }
+
     /// Turns what a component says into diagnostics; always `None`.
-    fn tell<T>(&mut self, stage: &Stage<'_>, error: PlanError) -> Option<T> {
+    fn tell<T>(&mut self, stage: &Stage<'_>, inputs: &[PlannedInput], error: PlanError) -> Option<T> {
         let pair = stage.component?;
         match error {
             PlanError::Shape { path, message } => {
@@ -193,11 +230,34 @@ impl Planner<'_, '_> {
                     let offset = problem.offset.filter(|_| as_written);
                     let inside = offset.and_then(|offset| word_at(self.text, place.node, offset));
                     let span = inside.unwrap_or_else(|| place.span(self.text));
-                    self.diagnostics.push(Diagnostic::error(problem.code, span, problem.message).help(problem.help));
+                    let left_out = (problem.code == "unknown-column").then(|| self.left_out(&problem.message, inputs)).flatten();
+                    let help = match (left_out, problem.help) {
+                        (Some(left_out), Some(help)) => Some(format!("{left_out}; {help}")),
+                        (left_out, help) => left_out.or(help),
+                    };
+                    self.diagnostics.push(Diagnostic::error(problem.code, span, problem.message).help(help));
                 }
             }
         }
         None
+    }
+
+    /// Of a column that is missing here although it reaches the stage in front: that it ends there, and what to do if
+    /// that stage says itself what it keeps. The column is what the message has in backticks.
+    fn left_out(&self, message: &str, inputs: &[PlannedInput]) -> Option<String> {
+        let words = || message.split('`').skip(1).step_by(2).map(|word| word.rsplit('.').next().unwrap_or(word));
+        inputs.iter().find_map(|input| {
+            let from = &self.planned[input.from];
+            let ends = |column: &&str| {
+                let reaches = from.inputs.iter().any(|above| above.schema.column_with_name(column).is_some());
+                reaches && input.schema.column_with_name(column).is_none()
+            };
+            let column = words().find(ends)?;
+            let entry = self.registry.operators.get(from.component.as_str());
+            let keeps = entry.is_some_and(|entry| entry.schema.as_value().pointer("/properties/keep").is_some());
+            let help = format!("`{}` does not hand `{column}` on", from.name);
+            Some(if keeps { format!("{help}: add it to its `keep`") } else { help })
+        })
     }
 }
 
@@ -250,20 +310,36 @@ fn unused_outputs(file: &File<'_>, planned: &[PlannedStage], places: &HashMap<us
     }
 }
 
-/// Refuses a pipeline that declares more than it can keep.
+/// Refuses a pipeline that declares more than it can keep: each reason once, with all paths that it stands in the way of.
 fn compare(envelope: &Envelope, file: &File<'_>, guarantees: &[PathGuarantee], text: &str, diagnostics: &mut Diagnostics) {
     let Some(declared) = envelope.delivery else { return };
     let Some(pair) = file.root.get("delivery") else { return };
+    let mut reasons: Vec<(&str, Vec<&PathGuarantee>)> = Vec::new();
     for path in guarantees.iter().filter(|path| path.guarantee < declared) {
-        let message = format!(
-            "`{}` cannot be kept from `{}` to `{}`: that is {}, since {}",
-            declared.word(),
-            path.source,
-            path.sink,
-            path.guarantee.word(),
-            path.reasons.join("; ")
-        );
-        let help = format!("declare `delivery: {}`, or change what stands in the way", path.guarantee.word());
+        for reason in &path.reasons {
+            match reasons.iter_mut().find(|(known, _)| *known == reason.as_str()) {
+                Some((_, paths)) => paths.push(path),
+                None => reasons.push((reason.as_str(), vec![path])),
+            }
+        }
+    }
+    let best = guarantees.iter().map(|path| path.guarantee).min().unwrap_or(declared);
+    for (reason, paths) in reasons {
+        let message = format!("`{}` cannot be kept {}: {reason}", declared.word(), between(&paths));
+        let help = format!("declare `delivery: {}`, or change what stands in the way", best.word());
         diagnostics.push(Diagnostic::error("guarantee-not-kept", pair.locate("").span(text), message).help(help));
     }
+}
+
+/// Paths in words, those of one source together.
+fn between(paths: &[&PathGuarantee]) -> String {
+    let mut sources: Vec<(&str, Vec<&str>)> = Vec::new();
+    for path in paths {
+        match sources.iter_mut().find(|(source, _)| *source == path.source.as_str()) {
+            Some((_, sinks)) => sinks.push(path.sink.as_str()),
+            None => sources.push((path.source.as_str(), vec![path.sink.as_str()])),
+        }
+    }
+    let told = sources.into_iter().map(|(source, sinks)| format!("from `{source}` to {}", suggest::list(sinks)));
+    told.collect::<Vec<_>>().join(", ")
 }

@@ -60,7 +60,7 @@ fn stage(kind: StageKind, registry: &Registry, definitions: &mut Map<String, Val
     let choices: Vec<Value> = components.iter().map(|component| json!({ "required": [component.name] })).collect();
     let mut schema = json!({
         "type": "object",
-        "description": format!("A {}: one component, and the engine's own keys beside it.", kind.word()),
+        "description": format!("{}: one component, and the engine's own keys beside it.", capitalised(kind.with_article())),
         "properties": properties,
         "additionalProperties": false,
     });
@@ -68,6 +68,12 @@ fn stage(kind: StageKind, registry: &Registry, definitions: &mut Map<String, Val
         schema["oneOf"] = Value::Array(choices);
     }
     schema
+}
+
+/// For the beginning of a sentence.
+fn capitalised(words: &str) -> String {
+    let mut letters = words.chars();
+    letters.next().map_or_else(String::new, |first| format!("{}{}", first.to_uppercase(), letters.as_str()))
 }
 
 /// Moves the definitions of a root schema to the common ones under `owner`, and its references with them.
@@ -157,6 +163,8 @@ mod tests {
     #[test]
     fn the_schema_is_the_same_each_time_and_all_its_references_lead_somewhere() {
         let schema = pipeline_schema(&registry());
+        let of = |kind: &str| schema["$defs"][kind]["description"].as_str().unwrap_or_default().to_owned();
+        assert!(of("source").starts_with("A source: ") && of("operator").starts_with("An operator: "), "{}", of("operator"));
         assert_eq!(schema.to_string(), pipeline_schema(&registry()).to_string());
         fn check(node: &Value, root: &Value) {
             if let Some(target) = node.get("$ref").and_then(Value::as_str) {

@@ -9,6 +9,9 @@ use serde_json::Value;
 use crate::suggest;
 use crate::variables::is_secret;
 
+/// Words that a message names; of more, the help does.
+const FEW: usize = 4;
+
 /// One fault of shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
@@ -95,7 +98,11 @@ impl Judge<'_> {
                     TypeKind::Single(one) => vec![*one],
                     TypeKind::Multiple(several) => several.into_iter().collect(),
                 };
-                faults.push(wrong_type(pointer, &name, value, &wanted, &[]));
+                let mut fault = wrong_type(pointer, &name, value, &wanted, &[]);
+                if wanted.contains(&JsonType::Object) && (value.is_null() || fault.help.is_none()) {
+                    fault.help = Some(self.as_map(error, value));
+                }
+                faults.push(fault);
             }
             K::Enum { options } => {
                 faults.push(not_one_of(pointer, &name, value, options.as_array().map(Vec::as_slice).unwrap_or_default()))
@@ -183,6 +190,19 @@ impl Judge<'_> {
         }
     }
 
+    /// How to write the map that is asked for instead of `value`.
+    fn as_map(&self, error: &ValidationError<'_>, value: &Value) -> String {
+        let known = self.properties(error);
+        let required = self.holder(error).and_then(|holder| holder.get("required")?.get(0)?.as_str());
+        match (required, known.first().copied()) {
+            (None, _) if value.is_null() => "write `{}` for a map without keys".to_owned(),
+            (Some(first), _) | (None, Some(first)) => {
+                format!("write `{{ {first}: ... }}`; known keys are {}", suggest::list(known))
+            }
+            (None, None) => "write `{ NAME: ... }`".to_owned(),
+        }
+    }
+
     /// What to call the value at `pointer`: its key, with the index of a list item.
     fn name(&self, pointer: &str) -> String {
         let mut index = String::new();
@@ -257,7 +277,13 @@ fn wrong_type(pointer: &str, name: &str, value: &Value, wanted: &[JsonType], wor
             kinds.push(kind.to_owned());
         }
     }
-    kinds.extend(words.iter().filter_map(Value::as_str).map(|word| format!("`{word}`")));
+    let words: Vec<&str> = words.iter().filter_map(Value::as_str).collect();
+    let many = words.len() > FEW;
+    if many {
+        kinds.push("a known word".to_owned());
+    } else {
+        kinds.extend(words.iter().map(|word| format!("`{word}`")));
+    }
     let numeric = wanted.contains(&JsonType::Integer) || wanted.contains(&JsonType::Number);
     let help = match value {
         Value::String(text) if numeric && text.parse::<f64>().is_ok() => Some("leave out the quotes".to_owned()),
@@ -266,6 +292,7 @@ fn wrong_type(pointer: &str, name: &str, value: &Value, wanted: &[JsonType], wor
         Value::String(text) if wanted.contains(&JsonType::Array) && !is_secret(last(pointer)) => {
             Some(format!("write `[{text}]`"))
         }
+        _ if many => Some(format!("known are {}", suggest::all(&words))),
         _ => None,
     };
     fault("wrong-type", pointer, format!("{name} must be {}, not {}", kinds.join(" or "), shown(pointer, value)), help)
@@ -276,7 +303,7 @@ fn not_one_of(pointer: &str, name: &str, value: &Value, options: &[Value]) -> Fa
     let message = format!("{name} cannot be {}", shown(pointer, value));
     match value.as_str() {
         Some(text) => fault("invalid-value", pointer, message, suggest::instead_of(text, &words)),
-        None => fault("wrong-type", pointer, message, Some(format!("known are {}", suggest::list(words)))),
+        None => fault("wrong-type", pointer, message, Some(format!("known are {}", suggest::all(&words)))),
     }
 }
 
@@ -397,6 +424,28 @@ mod tests {
         assert!(found[2].2.contains("`c` needs the key `url`") && found[2].2.contains("Where to"), "{found:?}");
         assert!(found[3].2.contains("did you mean `url`?"), "{found:?}");
         assert!(found[4].2.contains("`rows` must be a whole number, not `ten`"), "{found:?}");
+    }
+
+    #[test]
+    fn a_map_that_is_none_is_told_with_its_keys() {
+        let told = |value: Value| {
+            let schema = schemars::schema_for!(Config).to_value();
+            faults(&schema, &value, "c").remove(0).help.unwrap_or_default()
+        };
+        assert!(told(json!(3)).starts_with("write `{ url: ... }`; known keys are `"), "{}", told(json!(3)));
+        assert_eq!(told(Value::Null), told(json!(3)));
+        let found = faults(&json!({"type": "object"}), &Value::Null, "c");
+        assert_eq!(found[0].help.as_deref(), Some("write `{}` for a map without keys"));
+        let found = faults(&json!({"type": "object"}), &json!([1]), "c");
+        assert_eq!(found[0].help.as_deref(), Some("write `{ NAME: ... }`"));
+    }
+
+    #[test]
+    fn a_long_list_of_words_is_told_as_help() {
+        let schema = json!({"oneOf": [{"type": "string", "enum": ["a1", "b2", "c3", "d4", "e5"]}, {"type": "object"}]});
+        let found = faults(&schema, &json!(5), "c");
+        assert_eq!(found[0].message, "`c` must be a map or a known word, not the number 5");
+        assert!(found[0].help.as_deref().unwrap_or_default().ends_with("`d4`, `e5`"), "{found:?}");
     }
 
     #[test]

@@ -121,7 +121,8 @@ pub struct SourceKeys {}
 #[serde(deny_unknown_fields)]
 pub struct OperatorKeys {
     /// The stages that feed it: `stage`, `stage.output`, or `stage.rejected` for the rows that a stage could
-    /// not process. By default the operator above, or the only source; `sql` names its inputs in its FROM clause.
+    /// not process. By default the operator above, or the only source; `sql` names its input in its FROM clause.
+    /// Several must have the same columns; their rows come in any order, those of each in their own.
     #[serde(default)]
     pub inputs: Vec<String>,
     /// How much may wait in front of it, for each of its inputs.
@@ -191,6 +192,15 @@ impl StageKind {
             StageKind::Source => "source",
             StageKind::Operator => "operator",
             StageKind::Sink => "sink",
+        }
+    }
+
+    /// The word with its article, for sentences.
+    pub fn with_article(self) -> &'static str {
+        match self {
+            StageKind::Source => "a source",
+            StageKind::Operator => "an operator",
+            StageKind::Sink => "a sink",
         }
     }
 

@@ -67,7 +67,7 @@ pub(crate) fn read<'d>(root: &'d Node, text: &str, registry: &Registry, diagnost
             let mut stage = reader.stage(pair);
             if let Some(first) = stages.iter().find(|other| other.name() == pair.key) {
                 let message = format!("the name `{}` is taken", pair.key);
-                let help = format!("a {} has it; every stage of a pipeline needs a name of its own", first.kind.word());
+                let help = format!("{} has it; every stage of a pipeline needs a name of its own", first.kind.with_article());
                 diagnostics.push(Diagnostic::error("duplicate-stage", pair.key_span, message).help(help));
                 stage.sound = false;
             }
@@ -204,10 +204,10 @@ impl Reader<'_> {
         }
         if strange.is_empty() {
             let message = format!("the {} `{}` has no component", self.kind.word(), stage.pair.key);
-            let help = suggest::list(names);
             self.error(
                 stage,
-                Diagnostic::error("missing-component", stage.pair.key_span, message).help(format!("known are {help}")),
+                Diagnostic::error("missing-component", stage.pair.key_span, message)
+                    .help(format!("known are {}", suggest::list(names))),
             );
         }
     }

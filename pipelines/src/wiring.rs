@@ -66,17 +66,20 @@ impl<'a> Wirer<'a, '_> {
             return Some(Vec::new());
         }
         match (self.named(stage), &stage.inputs) {
-            (Some(_), Some(_)) => {
+            (Some(named), Some(_)) => {
                 let span = stage.pair.locate("/inputs").key_span(self.text);
                 let message = format!("`inputs` cannot be written beside `{}`", stage.component_name());
                 let help = "the configuration names the inputs itself; leave `inputs` out".to_owned();
                 self.diagnostics.push(Diagnostic::error("conflicting-inputs", span, message).help(help));
-                None
+                // What its own text says is planned all the same, so that all of its problems are told at once.
+                self.resolve(index, &named)
             }
             (Some(named), None) => self.resolve(index, &named),
             (None, Some(written)) if written.is_empty() => {
                 let span = stage.pair.locate("/inputs").key_span(self.text);
-                self.diagnostics.push(Diagnostic::error("missing-input", span, format!("nothing feeds `{}`", stage.name())));
+                let help = format!("write one or more of {} in `inputs`", suggest::list(self.others(index)));
+                let message = format!("nothing feeds `{}`", stage.name());
+                self.diagnostics.push(Diagnostic::error("missing-input", span, message).help(help));
                 None
             }
             (None, Some(written)) => self.resolve(index, written),
@@ -103,7 +106,16 @@ impl<'a> Wirer<'a, '_> {
     fn resolve(&mut self, index: usize, references: &[Reference]) -> Option<Vec<Feed>> {
         // No short cut at the first wrong one: all are to be told.
         let feeds: Vec<Option<Feed>> = references.iter().map(|reference| self.reference(index, reference)).collect();
-        feeds.into_iter().collect()
+        let mut sound = true;
+        for (number, reference) in references.iter().enumerate() {
+            if references[..number].iter().any(|earlier| earlier.name == reference.name) {
+                let message = format!("`{}` feeds `{}` twice", reference.name, self.stages[index].name());
+                let help = "each of its rows would come twice; name it once".to_owned();
+                self.diagnostics.push(Diagnostic::error("duplicate-input", reference.span, message).help(help));
+                sound = false;
+            }
+        }
+        feeds.into_iter().collect::<Option<Vec<Feed>>>().filter(|_| sound)
     }
 
     fn reference(&mut self, index: usize, reference: &Reference) -> Option<Feed> {

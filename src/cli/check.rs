@@ -7,7 +7,7 @@ use afferent_pipelines::Severity;
 use clap::{Args, ValueEnum};
 
 use super::files::Checked;
-use super::{FAILED, Places, print};
+use super::{FAILED, Places, colours, print};
 use crate::catalog;
 
 /// Find every problem of pipeline files without running them.
@@ -16,7 +16,7 @@ use crate::catalog;
 
 Examples:
   afferent check pipeline.yaml
-  afferent check --format json examples/*/pipeline.yaml")]
+  afferent check --format json examples/*/*.yaml")]
 pub struct Check {
     /// Pipeline files
     #[arg(required = true, value_name = "FILE")]
@@ -40,7 +40,15 @@ impl Check {
         let mut failed = false;
         let mut findings = Vec::new();
         for file in &self.files {
-            let checked = Checked::read(file, &registry, &shared)?;
+            let checked = match Checked::read(file, &registry, &shared) {
+                Ok(checked) => checked,
+                // The other files are looked at all the same.
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    failed = true;
+                    continue;
+                }
+            };
             failed |= checked.plan.is_none();
             match self.format {
                 Format::Json => findings.extend(checked.diagnostics),
@@ -55,7 +63,7 @@ impl Check {
 }
 
 fn told(checked: &Checked) -> String {
-    let mut text = checked.report();
+    let mut text = checked.report(colours(&std::io::stdout()));
     let errors = checked.diagnostics.iter().filter(|finding| finding.severity == Severity::Error).count();
     match &checked.plan {
         Some(plan) => {

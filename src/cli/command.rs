@@ -1,5 +1,7 @@
 //! The verbs of the command line, and what they have in common.
 
+use std::ffi::OsStr;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,7 +13,7 @@ use crate::catalog::Shared;
 /// Exit code when problems were found or a pipeline failed.
 pub const FAILED: u8 = 1;
 
-/// Dataflow stream engine, model server and AI gateway in one process.
+/// Dataflow stream engine and model server in one process.
 #[derive(Parser)]
 #[command(
     version,
@@ -49,12 +51,20 @@ enum Verb {
     Demo(demo::Demo),
 }
 
-/// Where things are.
+/// Where data are.
 #[derive(Args, Clone, Debug)]
-pub struct Places {
+pub struct DataDir {
     /// Checkpoints, tables, tails and dead letters
     #[arg(long, value_name = "DIR", default_value = ".afferent", env = "AFFERENT_DATA_DIR")]
     pub data_dir: PathBuf,
+}
+
+/// Where things are.
+#[derive(Args, Clone, Debug)]
+pub struct Places {
+    /// Where data are.
+    #[command(flatten)]
+    pub data: DataDir,
     /// Model repository [default: `models` beside the pipeline, then in the working directory]
     #[arg(long, value_name = "DIR")]
     pub models: Option<PathBuf>,
@@ -63,7 +73,7 @@ pub struct Places {
 impl Places {
     /// What the pipelines of this process share.
     pub fn shared(&self) -> Shared {
-        Shared::new(&self.data_dir, self.models.as_deref())
+        Shared::new(&self.data.data_dir, self.models.as_deref())
     }
 }
 
@@ -96,10 +106,38 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
 }
 
+/// Whether to write colours there: a person looks, and has not set `NO_COLOR` (no-color.org).
+pub fn colours(stream: &impl IsTerminal) -> bool {
+    wants_colours(stream.is_terminal(), std::env::var_os("NO_COLOR").as_deref())
+}
+
+fn wants_colours(terminal: bool, no_color: Option<&OsStr>) -> bool {
+    terminal && no_color.is_none_or(OsStr::is_empty)
+}
+
 /// Writes to standard output; `println!` would panic when the reader is gone.
 pub fn print(text: &str) -> anyhow::Result<()> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_of_people_who_want_them() {
+        for (terminal, no_color, wanted) in
+            [(true, None, true), (true, Some(""), true), (true, Some("1"), false), (false, None, false), (false, Some(""), false)]
+        {
+            assert_eq!(wants_colours(terminal, no_color.map(OsStr::new)), wanted, "{terminal} {no_color:?}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
 }

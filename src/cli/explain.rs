@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use super::files::Checked;
-use super::{FAILED, Places, print};
+use super::{FAILED, Places, colours, print};
 use crate::catalog;
 
 /// Draw the planned graph with its schemas and guarantees.
@@ -33,7 +33,7 @@ enum Format {
 impl Explain {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let checked = Checked::read(&self.file, &catalog::registry(), &self.places.shared())?;
-        eprint!("{}", checked.report());
+        eprint!("{}", checked.report(colours(&std::io::stderr())));
         let Some(plan) = &checked.plan else { return Ok(ExitCode::from(FAILED)) };
         print(&match self.format {
             Format::Text => afferent_pipelines::explain::text(plan),

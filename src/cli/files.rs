@@ -1,6 +1,5 @@
 //! Pipeline files on the command line: read, checked, and their findings shown.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use afferent_engine::registry::Registry;
@@ -33,8 +32,8 @@ impl Checked {
         Ok(Self { path: path.to_owned(), text, plan, diagnostics })
     }
 
-    /// The findings as text, in colour where a person looks.
-    pub fn report(&self) -> String {
-        render(&self.diagnostics, &self.text, std::io::stderr().is_terminal())
+    /// The findings as text; `colours` for a stream that a person looks at.
+    pub fn report(&self, colours: bool) -> String {
+        render(&self.diagnostics, &self.text, colours)
     }
 }

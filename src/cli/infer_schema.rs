@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use afferent_formats::{FileFormat, infer_file};
+use afferent_formats::{FileFormat, FormatError, infer_file};
 use anyhow::{Context, bail};
 use clap::Args;
 
@@ -30,9 +30,20 @@ impl InferSchema {
             "csv" | "tsv" => FileFormat::Csv,
             "parquet" => FileFormat::Parquet,
             "arrow" | "arrows" | "ipc" | "feather" => FileFormat::Arrow,
-            other => bail!("cannot tell the format from `{other}`; say --format json_lines, csv, parquet or arrow"),
+            "" => bail!(
+                "{} has no ending that tells the format; say --format json_lines, csv, parquet or arrow",
+                self.file.display()
+            ),
+            other => bail!("`{other}` is no known format; say --format json_lines, csv, parquet or arrow"),
         };
-        let declaration = infer_file(&self.file, format).with_context(|| format!("sampling {}", self.file.display()))?;
+        let declaration = match infer_file(&self.file, format) {
+            Ok(declaration) => declaration,
+            // That names the file already.
+            Err(error @ FormatError::File { .. }) => return Err(error.into()),
+            Err(error) => {
+                return Err(error).with_context(|| format!("sampling {} as {}", self.file.display(), format.name()));
+            }
+        };
         print(&format!("schema: {declaration}\n"))?;
         Ok(ExitCode::SUCCESS)
     }

@@ -1,5 +1,6 @@
 //! `afferent list`: the components, each with its first sentence, or one with its example and options.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use afferent_engine::registry::{Entry, Registry};
@@ -32,7 +33,7 @@ impl List {
                 ];
                 let text: String = found.into_iter().flatten().collect();
                 if text.is_empty() {
-                    bail!("no component is called `{name}`; `afferent list` shows them all");
+                    bail!("no component is called `{name}`; there are {}", names(&registry));
                 }
                 text
             }
@@ -40,6 +41,12 @@ impl List {
         print(&text)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn names(registry: &Registry) -> String {
+    let sources = registry.sources.keys().copied();
+    let names: BTreeSet<&str> = sources.chain(registry.operators.keys().copied()).chain(registry.sinks.keys().copied()).collect();
+    names.into_iter().collect::<Vec<_>>().join(", ")
 }
 
 fn overview(registry: &Registry) -> String {

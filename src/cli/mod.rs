@@ -12,4 +12,4 @@ mod run;
 mod schema;
 mod sql;
 
-pub use command::{Cli, FAILED, Places, print};
+pub use command::{Cli, DataDir, FAILED, Places, colours, print};

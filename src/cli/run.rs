@@ -26,7 +26,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::files::Checked;
-use super::{FAILED, Places, print};
+use super::{FAILED, Places, colours, print};
 use crate::catalog::{self, Shared};
 use crate::live::Live;
 use crate::logging::{self, LogFormat};
@@ -52,7 +52,7 @@ pub struct Run {
     /// Forget positions and state, and start over; rows already in tables stay
     #[arg(long)]
     fresh: bool,
-    /// Go on although stages have changed, without their stored state
+    /// Go on although stages have changed, without their stored state; a changed source begins again
     #[arg(long, conflicts_with = "fresh")]
     allow_non_restored_state: bool,
     /// Start the embedded MQTT broker, too (in memory only; for trials)
@@ -92,7 +92,7 @@ impl Run {
         let live = Live::new(wanted && std::io::stderr().is_terminal());
         logging::start(self.log_format, live.writer());
         shared.log_model_runtime();
-        let _lock = lock(&self.places.data_dir)?;
+        let _lock = lock(&self.places.data.data_dir)?;
         let (io, compute) = runtimes()?;
         let runtimes = Runtimes { io: io.handle().clone(), compute: compute.handle().clone() };
         let code = io.block_on(self.all(plans, runtimes, live));
@@ -108,8 +108,15 @@ impl Run {
         let mut plans: Vec<Plan> = Vec::new();
         let mut sound = true;
         for file in &self.files {
-            let checked = Checked::read(file, &registry, shared)?;
-            eprint!("{}", checked.report());
+            let checked = match Checked::read(file, &registry, shared) {
+                Ok(checked) => checked,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    sound = false;
+                    continue;
+                }
+            };
+            eprint!("{}", checked.report(colours(&std::io::stderr())));
             match checked.plan {
                 Some(plan) if plans.iter().any(|other| other.name == plan.name) => {
                     bail!("two of these files are named `{}`; a name stands for one set of checkpoints", plan.name)
@@ -133,7 +140,7 @@ impl Run {
         }
         let drain = CancellationToken::new();
         self.watch_signals(drain.clone())?;
-        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::new(&self.places.data_dir)));
+        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::new(&self.places.data.data_dir)));
         let mut running = JoinSet::new();
         for plan in plans {
             for path in &plan.guarantees {
@@ -142,7 +149,7 @@ impl Run {
             live.add(&plan, &metrics);
             let options = Options {
                 store: Arc::new(Checkpoints::open(&self.checkpoints(&plan.name))?),
-                data_dir: self.places.data_dir.clone(),
+                data_dir: self.places.data.data_dir.clone(),
                 metrics: metrics.clone(),
                 runtimes: runtimes.clone(),
                 drain: drain.clone(),
@@ -183,7 +190,7 @@ impl Run {
                 *code = ExitCode::from(FAILED);
                 match error {
                     RunError::Changed(_) => format!(
-                        "error: {name}: {error}\n  --allow-non-restored-state goes on without the state of those stages\n  --fresh starts over"
+                        "error: {name}: {error}\n  --allow-non-restored-state goes on without the state of those stages; a changed source begins again as at its first start\n  --fresh starts over"
                     ),
                     RunError::DrainLimit(_) => {
                         format!("error: {name}: {error}; what was not committed will be processed at the next start")
@@ -203,7 +210,7 @@ impl Run {
     }
 
     fn checkpoints(&self, pipeline: &str) -> PathBuf {
-        self.places.data_dir.join("pipelines").join(pipeline).join("checkpoint.redb")
+        self.places.data.data_dir.join("pipelines").join(pipeline).join("checkpoint.redb")
     }
 
     /// First signal (or the end of `--for`): drain. Second signal: stop at once.
@@ -242,6 +249,9 @@ fn runtimes() -> anyhow::Result<(Runtime, Runtime)> {
 
 /// The data directory belongs to one process; the lock goes with it.
 fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    if data_dir.exists() && !data_dir.is_dir() {
+        bail!("the data directory {} is a file; choose another with --data-dir", data_dir.display());
+    }
     durable::create_dir(data_dir).with_context(|| format!("making the data directory {}", data_dir.display()))?;
     let path = data_dir.join("lock");
     let file = File::options()

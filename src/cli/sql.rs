@@ -3,16 +3,25 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use afferent_connectors::table::register_all;
-use anyhow::{Context, bail};
-use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
+use afferent_connectors::table::{DEAD_LETTERS, register_all};
+use afferent_engine::rejected;
+use anyhow::bail;
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use clap::{Args, ValueEnum};
-use datafusion::prelude::{SessionConfig, SessionContext};
+use datafusion::catalog::empty::EmptyTable;
+use datafusion::error::DataFusionError;
+use datafusion::prelude::{SQLOptions, SessionConfig, SessionContext};
 use rustyline::error::ReadlineError;
+use tokio::runtime::Runtime;
 
-use super::{Places, print};
+use super::{DataDir, print};
+
+/// What one must know at the prompt.
+const HELP: &str = "Statements end with `;`. `show tables;` lists the tables, `describe TABLE;` the columns of one.\n\
+                    `exit` or Ctrl-D leaves.\n";
 
 /// Query the tables that pipelines write, also while they run.
 #[derive(Args)]
@@ -31,7 +40,7 @@ pub struct Sql {
     #[arg(long)]
     format: Option<Format>,
     #[command(flatten)]
-    places: Places,
+    place: DataDir,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -48,6 +57,10 @@ enum Format {
 
 impl Sql {
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let data_dir = &self.place.data_dir;
+        if !data_dir.is_dir() {
+            bail!("there is no data directory {}; say --data-dir, or run a pipeline with a table sink first", data_dir.display());
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         match &self.command {
             Some(query) => {
@@ -64,24 +77,41 @@ impl Sql {
     async fn query(&self, query: &str) -> anyhow::Result<(SchemaRef, Vec<RecordBatch>)> {
         let config = SessionConfig::new().with_information_schema(true);
         let context = SessionContext::new_with_config(config);
-        let tables = register_all(&context, &self.places.data_dir).await?;
-        if tables.is_empty() && !self.places.data_dir.exists() {
-            bail!(
-                "there is no data directory {}; say --data-dir, or run a pipeline with a table sink first",
-                self.places.data_dir.display()
-            );
+        let tables = register_all(&context, &self.place.data_dir).await?;
+        // DataFusion would show its own tables among those of the user.
+        if asks_for_tables(query) {
+            return list(&tables);
         }
-        let frame = context.sql(query).await.map_err(|e| match tables.as_slice() {
-            [] => anyhow::anyhow!("{e}\n  there are no tables in {} yet", self.places.data_dir.display()),
-            tables => anyhow::anyhow!("{e}\n  tables: {}", tables.join(", ")),
-        })?;
+        if !tables.iter().any(|table| table == DEAD_LETTERS) {
+            // Nothing was rejected so far: there are none, which is no fault of the query.
+            context.register_table(DEAD_LETTERS, Arc::new(EmptyTable::new(rejected::schema())))?;
+        }
+        let failed = |error: DataFusionError| {
+            let text = told(&error);
+            match (text.starts_with("table '"), tables.as_slice()) {
+                (false, _) => anyhow::anyhow!("{text}"),
+                (true, []) => anyhow::anyhow!("{text}\n  there are no tables in {} yet", self.place.data_dir.display()),
+                (true, tables) => anyhow::anyhow!("{text}\n  tables: {}", tables.join(", ")),
+            }
+        };
+        let plan = context.state().create_logical_plan(query).await.map_err(failed)?;
+        // Tables belong to the pipelines that write them.
+        let reading = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+        if let Err(refused) = reading.verify_plan(&plan) {
+            bail!("this is for reading: {}", told(&refused));
+        }
+        let frame = context.execute_logical_plan(plan).await.map_err(failed)?;
         let schema = SchemaRef::new(frame.schema().as_arrow().clone());
-        Ok((schema, frame.collect().await?))
+        Ok((schema, frame.collect().await.map_err(failed)?))
     }
 
-    fn prompt(&self, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
+    fn prompt(&self, runtime: &Runtime) -> anyhow::Result<()> {
+        let person = std::io::stdin().is_terminal();
+        if person {
+            print(HELP)?;
+        }
         let mut editor = rustyline::DefaultEditor::new()?;
-        let history = self.places.data_dir.join("sql_history");
+        let history = self.place.data_dir.join("sql_history");
         // There is none the first time.
         let _ = editor.load_history(&history);
         let mut statement = String::new();
@@ -91,34 +121,65 @@ impl Sql {
                     statement.push_str(&line);
                     statement.push('\n');
                     let trimmed = statement.trim();
-                    if trimmed.is_empty() || matches!(trimmed, "exit" | "quit" | "\\q") {
-                        if !trimmed.is_empty() {
-                            break;
+                    match trimmed.trim_end_matches(';') {
+                        "exit" | "quit" | "\\q" => break,
+                        "help" | "\\?" | "\\h" => print(HELP)?,
+                        "" => {}
+                        _ if trimmed.ends_with(';') || asks_for_tables(trimmed) => {
+                            editor.add_history_entry(trimmed)?;
+                            self.answer(runtime, trimmed);
                         }
-                        statement.clear();
-                        continue;
-                    }
-                    if !trimmed.ends_with(';') && !trimmed.eq_ignore_ascii_case("show tables") {
-                        continue;
-                    }
-                    editor.add_history_entry(trimmed)?;
-                    let result = runtime.block_on(self.query(trimmed.trim_end_matches(';')));
-                    match result.and_then(|(schema, rows)| show(&schema, &rows, self.format.unwrap_or(Format::Table))) {
-                        Ok(()) => {}
-                        Err(error) => eprintln!("error: {error:#}"),
+                        _ => continue,
                     }
                     statement.clear();
                 }
                 Err(ReadlineError::Interrupted) => statement.clear(),
-                Err(ReadlineError::Eof) => break,
+                Err(ReadlineError::Eof) => {
+                    // From a pipe or a file the last statement may lack its `;`.
+                    if !person && !statement.trim().is_empty() {
+                        self.answer(runtime, &statement);
+                    }
+                    break;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
-        if self.places.data_dir.exists() {
-            editor.save_history(&history).context("saving the history of queries")?;
-        }
+        // A convenience: whoever may only read the data directory has none.
+        let _ = editor.save_history(&history);
         Ok(())
     }
+
+    /// Asks and shows; what goes wrong is told, and the next statement may be better.
+    fn answer(&self, runtime: &Runtime, statement: &str) {
+        let query = statement.trim().trim_end_matches(';');
+        let result = runtime.block_on(self.query(query));
+        if let Err(error) = result.and_then(|(schema, rows)| show(&schema, &rows, self.format.unwrap_or(Format::Table))) {
+            eprintln!("error: {error:#}");
+        }
+    }
+}
+
+/// Whether a statement is `show tables`.
+fn asks_for_tables(statement: &str) -> bool {
+    let words = statement.trim().trim_end_matches(';').split_whitespace();
+    words.map(str::to_lowercase).eq(["show", "tables"])
+}
+
+/// The names of tables as the rows of one.
+fn list(tables: &[String]) -> anyhow::Result<(SchemaRef, Vec<RecordBatch>)> {
+    let schema = SchemaRef::new(Schema::new(vec![Field::new("table_name", DataType::Utf8, false)]));
+    let names: ArrayRef = Arc::new(StringArray::from_iter_values(tables));
+    let rows = RecordBatch::try_new(Arc::clone(&schema), vec![names])?;
+    Ok((schema, vec![rows]))
+}
+
+/// What DataFusion says, without its names for kinds of errors and for the only catalog there is.
+fn told(error: &DataFusionError) -> String {
+    let text = match error.find_root() {
+        DataFusionError::SQL(syntax, _) => syntax.to_string(),
+        root => root.message().into_owned(),
+    };
+    text.replace("datafusion.public.", "")
 }
 
 fn show(schema: &SchemaRef, rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
@@ -156,5 +217,26 @@ fn show(schema: &SchemaRef, rows: &[RecordBatch], format: Format) -> anyhow::Res
             writer.finish()?;
             Ok(writer.get_mut().flush()?)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn show_tables_is_known_however_it_is_written() {
+        for statement in ["show tables", "SHOW  Tables;", " show\ttables ;\n"] {
+            assert!(asks_for_tables(statement), "{statement:?}");
+        }
+        for statement in ["show tables from x", "show", "select 1", ""] {
+            assert!(!asks_for_tables(statement), "{statement:?}");
+        }
+    }
+
+    #[test]
+    fn errors_are_told_without_the_words_of_the_engine() {
+        let plan = DataFusionError::Plan("table 'datafusion.public.ot' not found".to_owned());
+        assert_eq!(told(&plan.context("planning")), "table 'ot' not found");
     }
 }

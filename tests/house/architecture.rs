@@ -22,7 +22,7 @@ const ARROWS: [(&str, &str); 6] = [
 const ROOMS: [&str; 6] = ["engine", "formats", "models", "connectors", "operators", "pipelines"];
 
 /// Where Rust lives.
-const FOLDERS: [&str; 8] = ["src", "engine", "formats", "models", "connectors", "operators", "pipelines", "tests"];
+const FOLDERS: [&str; 9] = ["src", "engine", "formats", "models", "connectors", "operators", "pipelines", "tests", "benches"];
 
 /// A file past this many lines is two ideas.
 const MOST_LINES: usize = 600;

@@ -1,14 +1,13 @@
 //! The command as its users meet it: help, exit codes, what each verb prints, one process a data directory,
 //! changed pipelines, signals and metrics. Nothing here needs a broker.
 
-use std::io::{Cursor, Read, Write};
+mod sql;
+
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
-
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::Int64Type;
-use arrow::ipc::reader::StreamReader;
 
 use crate::tools::{Running, Scratch, afferent, root, succeed, told, wait_until};
 
@@ -99,7 +98,41 @@ fn a_missing_file_is_told_by_its_name() {
     for verb in ["run", "check", "explain", "infer-schema"] {
         let text = fails(afferent().args([verb, "no-such-file.jsonl"]));
         assert!(text.contains("no-such-file.jsonl: No such file or directory"), "{text}");
+        assert_eq!(text.matches("No such file").count(), 1, "each cause once: {text}");
     }
+}
+
+#[test]
+fn a_missing_file_does_not_hide_the_problems_of_the_others() {
+    let scratch = Scratch::new();
+    let bad = scratch.write("bad.yaml", PAIRS.replace("window:", "windo:"));
+    for verb in ["run", "check"] {
+        let output = scratch.afferent(verb).arg("no-such-file.yaml").arg(&bad).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{verb}: {}", told(&output));
+        let text = told(&output);
+        assert!(text.contains("no-such-file.yaml") && text.contains("did you mean `window`?"), "{verb}: {text}");
+    }
+}
+
+#[test]
+fn colours_are_decided_by_where_the_findings_go() {
+    let scratch = Scratch::new();
+    scratch.write("bad.yaml", PAIRS.replace("window:", "windo:"));
+    // `script` gives the command a terminal; a pipe takes only its standard output away from that.
+    let shown = |line: &str, no_color: Option<&str>| {
+        let program = env!("CARGO_BIN_EXE_afferent");
+        let mut script = Command::new("script");
+        script.args(["-qec", &line.replace("afferent", program), "/dev/null"]).current_dir(scratch.path(""));
+        script.stdin(Stdio::null()).env_remove("NO_COLOR").envs(no_color.map(|value| ("NO_COLOR", value)));
+        let output = script.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("did you mean `window`?"), "{line}: {}", told(&output));
+        text.contains('\u{1b}')
+    };
+    assert!(shown("afferent check bad.yaml", None));
+    assert!(!shown("afferent check bad.yaml | cat", None));
+    assert!(!shown("afferent check bad.yaml", Some("1")));
+    assert!(shown("afferent explain bad.yaml | cat", None), "explain tells its findings on standard error");
 }
 
 #[test]
@@ -118,9 +151,9 @@ fn explain_draws_text_and_mermaid() {
     for line in [
         "pipeline pairs",
         "source ticks: generate (ends by itself)",
-        "  -> id: int64",
+        "  -> id: int64!",
         "operator twos: window (stateful)",
-        "  -> id: int64, n: int64",
+        "  -> id: int64!, n: int64!",
         "sink out: table",
         "  ticks -> out: exactly_once",
     ] {
@@ -145,7 +178,7 @@ fn list_shows_all_components_or_one() {
         assert!(mqtt.contains(part), "{part:?} is not in\n{mqtt}");
     }
     let text = fails(afferent().args(["list", "nothing"]));
-    assert!(text.contains("no component is called `nothing`; `afferent list` shows them all"), "{text}");
+    assert!(text.contains("no component is called `nothing`; there are batch, decode, "), "{text}");
 }
 
 #[test]
@@ -185,42 +218,6 @@ fn infer_schema_writes_a_declaration_that_works() {
 }
 
 #[test]
-fn sql_shows_rows_in_four_formats() {
-    let scratch = Scratch::new();
-    scratch.run(&[&scratch.write("pairs.yaml", PAIRS)]);
-    let query = "select count(*) as n, max(id) as id from pairs";
-    let shown = |format: &str| succeed(scratch.afferent("sql").args(["--format", format, "-c", query])).stdout;
-    let text = |format: &str| String::from_utf8(shown(format)).unwrap();
-    assert_eq!(text("csv"), "n,id\n50,99\n");
-    assert_eq!(text("json"), "{\"n\":50,\"id\":99}\n");
-    assert!(text("table").contains("| 50 | 99 |"), "{}", text("table"));
-    let batches: Vec<RecordBatch> =
-        StreamReader::try_new(Cursor::new(shown("arrow")), None).unwrap().map(Result::unwrap).collect();
-    assert_eq!(batches[0].column_by_name("id").unwrap().as_primitive::<Int64Type>().value(0), 99);
-    // Whoever reads a pipe gets CSV; without rows still the header, or no line at all.
-    assert_eq!(stdout(scratch.afferent("sql").args(["-c", query])), "n,id\n50,99\n");
-    let none = "select id from pairs where id < 0";
-    assert_eq!(stdout(scratch.afferent("sql").args(["--format", "csv", "-c", none])), "id\n");
-    assert_eq!(stdout(scratch.afferent("sql").args(["--format", "json", "-c", none])), "");
-}
-
-#[test]
-fn sql_says_what_is_missing() {
-    let scratch = Scratch::new();
-    let text = fails(scratch.afferent("sql").args(["-c", "select 1"]));
-    assert!(text.contains("there is no data directory") && text.contains("--data-dir"), "{text}");
-    assert!(!scratch.data_dir().exists(), "reading makes no folders");
-    std::fs::create_dir(scratch.data_dir()).unwrap();
-    let text = fails(scratch.afferent("sql").args(["-c", "select * from pairs"]));
-    assert!(text.contains("pairs") && text.contains("there are no tables in"), "{text}");
-    scratch.run(&[&scratch.write("pairs.yaml", PAIRS)]);
-    let text = fails(scratch.afferent("sql").args(["-c", "select * from pears"]));
-    assert!(text.contains("pears") && text.contains("tables: pairs"), "{text}");
-    let text = fails(scratch.afferent("sql").args(["-c", "selec 1"]));
-    assert!(text.contains("selec") && text.contains("Column: 1"), "{text}");
-}
-
-#[test]
 fn a_bounded_pipeline_is_read_once_until_fresh() {
     let scratch = Scratch::new();
     let file = scratch.write("pairs.yaml", PAIRS);
@@ -244,6 +241,39 @@ fn a_data_directory_belongs_to_one_process() {
     running.drain();
     // The lock goes with its holder.
     scratch.run(&[&second]);
+}
+
+#[test]
+fn a_file_is_no_data_directory() {
+    let scratch = Scratch::new();
+    let pairs = scratch.write("pairs.yaml", PAIRS);
+    scratch.write("data", "");
+    let text = fails(scratch.afferent("run").arg(&pairs));
+    assert!(text.contains("is a file; choose another with --data-dir"), "{text}");
+    let text = fails(scratch.afferent("sql").args(["-c", "show tables"]));
+    assert!(text.contains("there is no data directory"), "{text}");
+}
+
+#[test]
+fn a_demo_that_is_interrupted_shows_what_came_of_it() {
+    let scratch = Scratch::new();
+    let log = std::fs::File::create(scratch.path("demo.log")).unwrap();
+    let mut command = afferent();
+    command.args(["demo", "--seconds", "120", "--data-dir"]).arg(scratch.data_dir()).current_dir(root());
+    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    // A group of its own: Ctrl-C reaches every process of a terminal's group.
+    let mut running = Running(command.process_group(0).spawn().unwrap());
+    wait_until("the first windows are there", Duration::from_secs(60), || {
+        scratch.data_dir().join("tables/exercises/_delta_log/00000000000000000000.json").exists()
+            && scratch.number("select count(*) from exercises") > 0
+    });
+    let group = format!("-{}", running.0.id());
+    succeed(Command::new("kill").args(["-INT", "--", &group]));
+    let status = exit(&mut running);
+    let log = scratch.log("demo");
+    assert!(status.success(), "{log}");
+    // With the meaning of the model's labels.
+    assert!(log.contains("| meaning") && log.contains("| forward elevation"), "{log}");
 }
 
 #[test]

@@ -12,15 +12,16 @@ use crate::generated::{faults, pipelines_in, validator, yaml};
 use crate::tools::{Scratch, afferent, root, succeed, told};
 
 /// What the cases are about, and the codes that each must show; a new text cannot lose them.
-const CASES: [(&str, &[&str]); 17] = [
+const CASES: [(&str, &[&str]); 18] = [
     ("ambiguous-input", &["ambiguous-input"]),
     ("cycle", &["cycle"]),
+    ("different-schemas", &["different-schemas", "duplicate-input"]),
     ("duplicate-key", &["duplicate-key"]),
     ("guarantee-not-kept", &["guarantee-not-kept"]),
     ("missing-input", &["missing-input"]),
     ("missing-model", &["missing-model"]),
     ("missing-variable", &["missing-variable"]),
-    ("refused-sql", &["refused-sql"]),
+    ("refused-sql", &["invalid-sql", "refused-sql"]),
     ("several-problems", &["invalid-value", "missing-key", "unknown-key", "unknown-stage", "wrong-type"]),
     ("syntax-error", &["syntax"]),
     ("topic-captures", &["topic-captures", "topic-pattern"]),

@@ -13,4 +13,5 @@ mod generated;
 mod golden;
 mod lint;
 mod malformed;
+mod secured;
 mod tools;

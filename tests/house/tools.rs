@@ -232,6 +232,25 @@ pub struct Kafka {
 
 impl Kafka {
     pub fn start() -> Self {
+        Self::launch("PLAINTEXT", "", &[])
+    }
+
+    /// One that speaks TLS only and asks for user and password, by `PLAIN` or `SCRAM-SHA-512`.
+    pub fn start_secured(certificates: &Certificates, user: &str, password: &str) -> Self {
+        let module = "org.apache.kafka.common.security";
+        let extra = format!(
+            "sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512\nsasl.mechanism.inter.broker.protocol=PLAIN\n\
+             listener.name.sasl_ssl.plain.sasl.jaas.config={module}.plain.PlainLoginModule required username=\"broker\" \
+             password=\"brokers-own\" user_broker=\"brokers-own\" user_{user}=\"{password}\";\n\
+             listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={module}.scram.ScramLoginModule required;\n\
+             ssl.keystore.type=PEM\nssl.keystore.location={}\nssl.truststore.type=PEM\nssl.truststore.location={}\n",
+            certificates.path("server-keystore.pem").display(),
+            certificates.path("ca.pem").display()
+        );
+        Self::launch("SASL_SSL", &extra, &["--add-scram", &format!("SCRAM-SHA-512=[name={user},password={password}]")])
+    }
+
+    fn launch(protocol: &str, extra: &str, formatting: &[&str]) -> Self {
         let jars = cache().join("kafka");
         assert!(jars.exists(), "{} is missing: run scripts/setup test", jars.display());
         let classpath = format!("{}/*", jars.display());
@@ -241,11 +260,12 @@ impl Kafka {
         let config = folder.path().join("server.properties");
         let text = format!(
             "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:{controller}\n\
-             listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
-             advertised.listeners=PLAINTEXT://127.0.0.1:{port}\ncontroller.listener.names=CONTROLLER\n\
-             listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\nlog.dirs={}\n\
+             listeners={protocol}://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
+             advertised.listeners={protocol}://127.0.0.1:{port}\ncontroller.listener.names=CONTROLLER\n\
+             inter.broker.listener.name={protocol}\n\
+             listener.security.protocol.map={protocol}:{protocol},CONTROLLER:PLAINTEXT\nlog.dirs={}\n\
              offsets.topic.replication.factor=1\noffsets.topic.num.partitions=2\ntransaction.state.log.replication.factor=1\n\
-             transaction.state.log.min.isr=1\ngroup.initial.rebalance.delay.ms=0\nnum.partitions=2\nauto.create.topics.enable=true\n",
+             transaction.state.log.min.isr=1\ngroup.initial.rebalance.delay.ms=0\nnum.partitions=2\nauto.create.topics.enable=true\n{extra}",
             logs.display()
         );
         std::fs::write(&config, text).unwrap();
@@ -254,7 +274,8 @@ impl Kafka {
             command.args(["-Xmx512m", "-cp", &classpath, class]).stdout(Stdio::null()).stderr(Stdio::null());
             command
         };
-        succeed(java("kafka.tools.StorageTool").args(["format", "-t", "MkU3OEVBNTcwNTJENDM2Qg", "-c"]).arg(&config));
+        let format = ["format", "-t", "MkU3OEVBNTcwNTJENDM2Qg", "-c"];
+        succeed(java("kafka.tools.StorageTool").args(format).arg(&config).args(formatting));
         let process = Running(java("kafka.Kafka").arg(&config).spawn().expect("java is installed (scripts/setup test)"));
         wait_until("Kafka listens", Duration::from_secs(60), || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
         Self { port, _process: process, _folder: folder }
@@ -262,5 +283,41 @@ impl Kafka {
 
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+}
+
+/// Certificates of a test's own, made by the `openssl` command: `ca.pem`, which signed `server.pem` for 127.0.0.1 and
+/// `device.pem` (with their `.key`), and `other.pem`, another authority, which signed nothing.
+pub struct Certificates(TempDir);
+
+impl Certificates {
+    pub fn make() -> Self {
+        let made = Self(tempfile::tempdir().unwrap());
+        let openssl = |line: &str| {
+            succeed(Command::new("openssl").args(line.split(' ')).current_dir(made.0.path()));
+        };
+        let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+        for authority in ["ca", "other"] {
+            openssl(&format!(
+                "req -x509 {key} -days 2 -subj /CN={authority} -keyout {authority}.key -out {authority}.pem \
+                 -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign"
+            ));
+        }
+        let extensions = "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n";
+        std::fs::write(made.path("extensions"), extensions).unwrap();
+        for name in ["server", "device"] {
+            openssl(&format!("req {key} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+            openssl(&format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out {name}.pem"
+            ));
+        }
+        // Kafka wants key and certificate in one file.
+        let read = |name: &str| std::fs::read_to_string(made.path(name)).unwrap();
+        std::fs::write(made.path("server-keystore.pem"), read("server.key") + &read("server.pem")).unwrap();
+        made
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
     }
 }

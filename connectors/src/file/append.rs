@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use afferent_engine::durable::StorageFull;
 use afferent_engine::{Batch, Epoch, Error, Prepared, Rejected, Result, Sink, durable};
 use afferent_formats::{CsvOptions, Encoder, FileFormat};
 use arrow::datatypes::SchemaRef;
@@ -120,7 +121,10 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Opens the file and cuts off what neither an epoch holds nor was there at the beginning.
 fn open(path: &Path, stored: Option<u64>) -> Result<Opened> {
-    let failed = |error: io::Error| Error::fatal(error).context(format!("opening {}", path.display()));
+    let failed = |error: io::Error| match durable::is_full(&error) {
+        true => Error::fatal(StorageFull::new(path, error)),
+        false => Error::fatal(error).context(format!("opening {}", path.display())),
+    };
     durable::create_dir(folder_of(path)).map_err(failed)?;
     let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
     durable::sync_dir(folder_of(path));

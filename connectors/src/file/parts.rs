@@ -1,6 +1,8 @@
 //! A folder with one part for every epoch that has rows: the `file` sink for Parquet and Arrow. The engine calls it.
-//! The invariant: a name without a leading dot is a complete part of a stored epoch. Rows go to `.part-open.tmp`;
-//! `prepare` completes and syncs it as `.part-EPOCH.EXT.tmp`; `finish` takes the dot away.
+//! The invariant: a name without a leading dot is a complete part of a stored epoch. Rows go to `.part-open-RUN.tmp`;
+//! `prepare` completes and syncs it as `.part-EPOCH.EXT.tmp`; `finish` takes the dot away. Each start of the pipeline
+//! writes under names of its own (an epoch's number holds the start, too), since a write of the last one may still be
+//! under way on its thread.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
@@ -8,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use afferent_engine::durable::StorageFull;
 use afferent_engine::{Batch, Epoch, Error, Prepared, Rejected, Result, Sink, durable};
-use afferent_formats::{FileFormat, FileWriter};
+use afferent_formats::{FileFormat, FileWriter, FormatError};
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -19,9 +22,6 @@ use super::format::extension;
 
 /// Every part is a file of its own: seconds keep their number bearable.
 pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The part that is being written.
-const OPEN: &str = ".part-open.tmp";
 
 type Writer = FileWriter<BufWriter<File>>;
 
@@ -36,6 +36,8 @@ struct Ready {
 /// The running sink.
 pub struct Parts {
     folder: PathBuf,
+    /// The part that is being written.
+    open: PathBuf,
     format: FileFormat,
     schema: SchemaRef,
     /// Made with the first row of an epoch.
@@ -45,13 +47,10 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// A sink for batches of `schema` into a folder.
-    pub fn new(folder: PathBuf, format: FileFormat, schema: SchemaRef) -> Self {
-        Self { folder, format, schema, writer: None, ready: Vec::new() }
-    }
-
-    fn failed(&self, what: &str, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-        Error::fatal(error).context(format!("{what} in {}", self.folder.display()))
+    /// A sink for batches of `schema` into a folder, for start number `run` of the pipeline.
+    pub fn new(folder: PathBuf, run: u32, format: FileFormat, schema: SchemaRef) -> Self {
+        let open = folder.join(format!(".part-open-{run}.tmp"));
+        Self { folder, open, format, schema, writer: None, ready: Vec::new() }
     }
 
     /// Makes parts visible; those that are already, or that a reader has since taken away, are passed over.
@@ -96,18 +95,26 @@ fn parts_of(prepared: &Prepared) -> Result<Vec<String>> {
     Ok(ready.parts)
 }
 
-fn create(folder: &Path, format: FileFormat, schema: SchemaRef) -> Result<Box<Writer>> {
-    let path = folder.join(OPEN);
-    let file = File::create(&path).map_err(|error| Error::fatal(error).context(format!("creating {}", path.display())))?;
-    FileWriter::create(BufWriter::new(file), format, schema).map(Box::new).map_err(Error::fatal)
+/// Fatal: half a batch may be in the part, so that the whole epoch is written again. Of a full disk the engine learns as
+/// such, since it waits for space as long as it takes.
+fn failed(what: &str, path: &Path, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    if durable::is_full(&error) {
+        return Error::fatal(StorageFull::new(path, io::ErrorKind::StorageFull.into()));
+    }
+    Error::fatal(error).context(format!("{what} {}", path.display()))
+}
+
+fn create(open: &Path, format: FileFormat, schema: SchemaRef) -> Result<Box<Writer>> {
+    let file = File::create(open).map_err(|error| failed("creating", open, error))?;
+    let writer = FileWriter::create(BufWriter::new(file), format, schema);
+    writer.map(Box::new).map_err(|error| failed("writing", open, error))
 }
 
 /// Completes the open part and gives it its hidden name; durable when it returns.
-fn complete(folder: &Path, writer: Writer, part: &str) -> Result<()> {
-    let open = folder.join(OPEN);
-    let output = writer.finish().map_err(Error::fatal)?;
-    durable::sync(output.get_ref(), &open);
-    durable::rename(&open, &folder.join(hidden(part))).map_err(Error::fatal)
+fn complete(open: &Path, writer: Writer, hidden: &Path) -> Result<()> {
+    let output = writer.finish().map_err(|error: FormatError| failed("completing", open, error))?;
+    durable::sync(output.get_ref(), open);
+    durable::rename(open, hidden).map_err(|error| failed("renaming", open, error))
 }
 
 #[async_trait]
@@ -116,7 +123,7 @@ impl Sink for Parts {
         let parts = last.map(|(_, prepared)| parts_of(prepared)).transpose()?.unwrap_or_default();
         let (folder, keep) = (self.folder.clone(), parts.clone());
         let cleared = spawn_blocking(move || durable::create_dir(&folder).and_then(|()| clear(&folder, &keep)));
-        cleared.await.map_err(Error::fatal)?.map_err(|error| self.failed("clearing unfinished parts", error))?;
+        cleared.await.map_err(Error::fatal)?.map_err(|error| failed("clearing unfinished parts in", &self.folder, error))?;
         self.writer = None;
         self.ready.clear();
         self.show(parts).await
@@ -126,29 +133,26 @@ impl Sink for Parts {
         if batch.rows() == 0 {
             return Ok(Vec::new());
         }
-        let (folder, format, schema) = (self.folder.clone(), self.format, Arc::clone(&self.schema));
-        let open = self.writer.take();
-        // Compression takes time that others on this thread do not have. After an error half a batch may be in the
-        // part: there is no second try, the whole epoch is written again.
+        let (open, format, schema) = (self.open.clone(), self.format, Arc::clone(&self.schema));
+        let writer = self.writer.take();
+        // Compression takes time that others on this thread do not have.
         let written = spawn_blocking(move || -> Result<Box<Writer>> {
-            let mut writer = match open {
+            let mut writer = match writer {
                 Some(writer) => writer,
-                None => create(&folder, format, schema)?,
+                None => create(&open, format, schema)?,
             };
-            writer.write(batch.records()).map_err(Error::fatal)?;
+            writer.write(batch.records()).map_err(|error| failed("writing", &open, error))?;
             Ok(writer)
         });
-        let written = written.await.map_err(Error::fatal)?;
-        self.writer = Some(written.map_err(|error| error.context(format!("writing a part in {}", self.folder.display())))?);
+        self.writer = Some(written.await.map_err(Error::fatal)??);
         Ok(Vec::new())
     }
 
     async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
         if let Some(writer) = self.writer.take() {
             let part = format!("part-{:020}.{}", epoch.as_u64(), extension(self.format));
-            let (folder, name) = (self.folder.clone(), part.clone());
-            let completed = spawn_blocking(move || complete(&folder, *writer, &name)).await.map_err(Error::fatal)?;
-            completed.map_err(|error| self.failed(&format!("completing {part}"), error))?;
+            let (open, hidden) = (self.open.clone(), self.folder.join(hidden(&part)));
+            spawn_blocking(move || complete(&open, *writer, &hidden)).await.map_err(Error::fatal)??;
             self.ready.push(part);
         }
         let prepared = serde_json::to_value(Ready { parts: self.ready.clone() }).map_err(Error::fatal)?;
@@ -175,8 +179,12 @@ mod tests {
     use super::*;
 
     fn sink(dir: &TempDir) -> Parts {
+        of_run(dir, 1)
+    }
+
+    fn of_run(dir: &TempDir, run: u32) -> Parts {
         let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, false)]));
-        Parts::new(dir.path().join("out"), FileFormat::Parquet, schema)
+        Parts::new(dir.path().join("out"), run, FileFormat::Parquet, schema)
     }
 
     async fn write(sink: &mut Parts, numbers: &[i64]) {
@@ -273,5 +281,42 @@ mod tests {
         }
         sink(&dir).open(None).await.unwrap();
         assert_eq!(names(&dir), [".hidden", "notes.txt", "part-7.parquet.tmp"]);
+    }
+
+    #[tokio::test]
+    async fn a_write_of_the_last_start_that_is_still_under_way_disturbs_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut last = of_run(&dir, 1);
+        last.open(None).await.unwrap();
+        write(&mut last, &[1]).await;
+
+        let mut sink = of_run(&dir, 2);
+        sink.open(None).await.unwrap();
+        assert_eq!(names(&dir), Vec::<String>::new(), "what another start has left is cleared");
+        write(&mut sink, &[2]).await;
+        // Torn down, and not yet at its end: it begins a part, and completes it.
+        last.writer = None;
+        write(&mut last, &[1, 1, 1]).await;
+        last.prepare(epoch(1)).await.unwrap();
+
+        write(&mut sink, &[3]).await;
+        let stored = sink.prepare(epoch(2)).await.unwrap().0;
+        sink.finish(epoch(2), &stored).await.unwrap();
+        assert_eq!(rows(&dir), [2, 3]);
+        of_run(&dir, 3).open(Some((epoch(2), &stored))).await.unwrap();
+        assert_eq!(names(&dir), ["part-00000000000000000002.parquet"]);
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_told_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sink = sink(&dir);
+        sink.open(None).await.unwrap();
+        // Every write to it fails for want of space.
+        sink.open = PathBuf::from("/dev/full");
+        write(&mut sink, &[1]).await;
+        let error = sink.prepare(epoch(1)).await.unwrap_err();
+        assert!(durable::is_full(&error), "{error}");
+        assert!(error.to_string().starts_with("no space left on /dev/full"), "{error}");
     }
 }

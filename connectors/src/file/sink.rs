@@ -60,12 +60,12 @@ impl SinkConfig for FileSinkConfig {
         Ok(SinkPlan {
             delivery: Delivery::Once,
             commit_interval: if lines { append::COMMIT_INTERVAL } else { parts::COMMIT_INTERVAL },
-            build: Arc::new(move |_: &BuildContext| -> Result<Box<dyn Sink>> {
+            build: Arc::new(move |context: &BuildContext| -> Result<Box<dyn Sink>> {
                 let schema = Arc::clone(&schema);
                 let sink: Box<dyn Sink> = if lines {
                     Box::new(Append::new(written.clone(), path.clone(), format, schema)?)
                 } else {
-                    Box::new(Parts::new(path.clone(), format, schema))
+                    Box::new(Parts::new(path.clone(), context.run, format, schema))
                 };
                 Ok(sink)
             }),

@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use afferent_engine::Source;
 use afferent_engine::component::{BuildContext, PlanContext, Planned, Problem, Replay, SourceConfig, SourcePlan};
+use afferent_engine::{Error, Source};
 use afferent_formats::{CsvDecoder, Declaration, FileFormat, FileReader, FormatError, Limits, Policy, ReadOptions};
 use arrow::datatypes::{DataType, SchemaRef};
 use schemars::JsonSchema;
@@ -112,7 +112,7 @@ impl FileSourceConfig {
                 };
                 let reader = FileReader::open(&first.path, format, declared, self.batch_rows.get(), 0).map_err(|error| {
                     let place = if matches!(error, FormatError::SchemaMismatch { .. }) { "/schema" } else { "/path" };
-                    Problem::new("unreadable-file", place, format!("{}: {error}", first.name))
+                    Problem::new("unreadable-file", place, format!("{}: {}", first.name, Error::fatal(error)))
                 })?;
                 Ok(Arc::clone(reader.schema()))
             }

@@ -2,16 +2,16 @@
 //! while planning by librdkafka itself, which knows its own options; secrets are read when the stage is built.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use afferent_engine::component::{PlanContext, Problem};
 use afferent_engine::config::{Secret, resolve};
 use afferent_engine::{Error, Result};
 use rdkafka::ClientConfig;
-use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::tls::Tls;
 
 /// Defines a configuration struct with the connection settings in front of its own fields. A nested struct would
 /// make authors write one more level, and serde's `flatten` would accept unknown keys.
@@ -31,7 +31,7 @@ macro_rules! with_brokers {
             sasl: Option<crate::kafka::config::Sasl>,
             /// Certificates, for `ssl` and `sasl_ssl`.
             #[serde(default)]
-            tls: Option<crate::kafka::config::Tls>,
+            tls: Option<crate::tls::Tls>,
             /// Further options of librdkafka by their own names, for experts. Those that the guarantees rest on
             /// cannot be set here.
             #[serde(default)]
@@ -124,23 +124,8 @@ impl Mechanism {
     }
 }
 
-/// Certificates for TLS; relative paths start at the pipeline file.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, rename_all = "snake_case")]
-pub struct Tls {
-    /// The authorities to trust, as a PEM file; by default those of the system.
-    #[serde(default)]
-    pub ca: Option<PathBuf>,
-    /// Our own certificate with its chain, as a PEM file.
-    #[serde(default)]
-    pub cert: Option<PathBuf>,
-    /// The private key of our certificate, as a PEM file.
-    #[serde(default)]
-    pub key: Option<PathBuf>,
-}
-
 /// Options that the guarantees rest on, or that have a field of their own.
-const RESERVED: [&str; 15] = [
+const RESERVED: [&str; 16] = [
     "bootstrap.servers",
     "metadata.broker.list",
     "security.protocol",
@@ -151,6 +136,7 @@ const RESERVED: [&str; 15] = [
     "auto.commit.enable",
     "enable.auto.offset.store",
     "enable.partition.eof",
+    "group.protocol",
     "partition.assignment.strategy",
     "enable.idempotence",
     "acks",
@@ -209,9 +195,7 @@ impl Cluster {
                         .help("set `security: ssl`"),
                 );
             }
-            for path in [&mut tls.ca, &mut tls.cert, &mut tls.key].into_iter().flatten() {
-                *path = context.path(&*path);
-            }
+            problems.extend(tls.check(context));
         }
         for name in self.options.keys().filter(|name| RESERVED.contains(&name.as_str())) {
             problems.push(
@@ -249,6 +233,8 @@ impl Cluster {
             config.set("sasl.password", sasl.password.reveal().map_err(|e| Error::fatal(e).context("reading `sasl.password`"))?);
         }
         if let Some(tls) = &self.tls {
+            // librdkafka does not say which file it could not read.
+            tls.readable()?;
             for (name, path) in
                 [("ssl.ca.location", &tls.ca), ("ssl.certificate.location", &tls.cert), ("ssl.key.location", &tls.key)]
             {
@@ -285,18 +271,6 @@ fn option_problem(error: &KafkaError) -> Problem {
                 .help("the options are listed in librdkafka's CONFIGURATION.md")
         }
         other => Problem::new("option", "/options", other.to_string()),
-    }
-}
-
-/// librdkafka's own log lines, among ours.
-pub(super) fn log_line(level: RDKafkaLogLevel, facility: &str, line: &str) {
-    match level {
-        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error => {
-            tracing::error!(target: "librdkafka", facility, "{line}");
-        }
-        RDKafkaLogLevel::Warning => tracing::warn!(target: "librdkafka", facility, "{line}"),
-        RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => tracing::info!(target: "librdkafka", facility, "{line}"),
-        RDKafkaLogLevel::Debug => tracing::debug!(target: "librdkafka", facility, "{line}"),
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use afferent_engine::{Batch, Error, Result};
 use arrow::datatypes::SchemaRef;
+use prometheus::IntCounter;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext, RebalanceProtocol};
@@ -28,8 +29,8 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::config::log_line;
-use super::ownership::{Offsets, Ownership};
+use super::ownership::{Offsets, Ownership, Reset};
+use super::reach::{is_logged, log_line};
 use crate::messages::{Message, Messages};
 
 /// How long one poll waits; commits and the end of the thread wait as long at most.
@@ -93,9 +94,9 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The position of a source that has pulled up to `pulled`.
-    pub(super) fn position(&self, pulled: &Offsets) -> Offsets {
-        self.state().ownership.position(pulled)
+    /// Just behind the last row that the source has pulled.
+    pub(super) fn position(&self) -> Offsets {
+        self.state().ownership.position()
     }
 
     /// The engine has stored an epoch with this position.
@@ -104,10 +105,14 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// The source has taken a chunk: there is room again.
-    pub(super) fn pulled(&self) {
+    /// The source has taken a chunk, with rows up to these offsets if it has any: there is room again.
+    pub(super) fn pulled(&self, upto: Option<&Offsets>) {
         // Under the lock, or the thread could look for room before this and begin to wait after it.
-        drop(self.state());
+        let mut state = self.state();
+        if let Some(upto) = upto {
+            state.ownership.pulled(upto);
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -122,6 +127,10 @@ impl Shared {
 pub(super) struct Group {
     pub shared: Arc<Shared>,
     pub beginning: Beginning,
+    /// What to do when a partition does not hold the offset at which it should begin.
+    pub reset: Reset,
+    /// Records that nobody will read because of that.
+    pub unread: IntCounter,
 }
 
 impl ClientContext for Group {
@@ -130,7 +139,8 @@ impl ClientContext for Group {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        warn!(%error, reason, "kafka client reports an error");
+        // The poll that found it returns it as well, and there it is judged.
+        debug!(%error, reason, "kafka client reports an error");
     }
 }
 
@@ -163,25 +173,12 @@ impl Group {
     }
 
     fn assign(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList, incremental: bool) -> KafkaResult<()> {
-        let (mut begin, mut unknown) = (Offsets::default(), TopicPartitionList::new());
-        {
-            let mut state = self.shared.state();
-            for element in partitions.elements() {
-                match state.ownership.beginning(element.topic(), element.partition()) {
-                    Some(next) => begin.set(element.topic(), element.partition(), next),
-                    None => {
-                        unknown.add_partition(element.topic(), element.partition());
-                    }
-                }
-            }
-        }
         // An explicit offset for every partition: were it left to the library, a partition read from its end
         // would have no position until its first record, and what came during a crash would be skipped.
-        if unknown.count() > 0
-            && let Err(error) = self.look_up(consumer, unknown, &mut begin)
-        {
+        let begin = self.look_up(consumer, partitions).unwrap_or_else(|error| {
             self.fail(error.context("finding out where to begin"));
-        }
+            Offsets::default()
+        });
         let mut list = TopicPartitionList::new();
         for (topic, partition, next) in begin.iter() {
             list.add_partition_offset(topic, partition, Offset::Offset(next))?;
@@ -191,22 +188,63 @@ impl Group {
         if incremental { consumer.incremental_assign(&list) } else { consumer.assign(&list) }
     }
 
-    /// Asks the brokers: the group's committed offset, else what the configuration says.
-    fn look_up(&self, consumer: &BaseConsumer<Self>, unknown: TopicPartitionList, begin: &mut Offsets) -> Result<()> {
-        let committed = consumer.committed_offsets(unknown, QUESTION).map_err(Error::fatal)?;
+    /// Where to begin in each of these partitions: at the further of our own position and what the group has
+    /// committed, else where the configuration says.
+    fn look_up(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<Offsets> {
+        let mut begin = Offsets::default();
+        if partitions.count() == 0 {
+            return Ok(begin);
+        }
+        let mut asked = TopicPartitionList::with_capacity(partitions.count());
+        for element in partitions.elements() {
+            asked.add_partition(element.topic(), element.partition());
+        }
+        let committed = consumer.committed_offsets(asked, QUESTION).map_err(Error::fatal)?;
         let mut fresh = TopicPartitionList::new();
         for element in committed.elements() {
             element.error().map_err(Error::fatal)?;
-            match element.offset() {
-                Offset::Offset(next) => begin.set(element.topic(), element.partition(), next),
-                _ => {
-                    fresh.add_partition(element.topic(), element.partition());
+            let (topic, partition) = (element.topic(), element.partition());
+            let group = match element.offset() {
+                Offset::Offset(next) => Some(next),
+                _ => None,
+            };
+            let next = self.shared.state().ownership.beginning(topic, partition, group);
+            match next {
+                Some(next) => begin.set(topic, partition, self.held(consumer, topic, partition, next)?),
+                None => {
+                    fresh.add_partition(topic, partition);
                 }
             }
         }
-        if fresh.count() == 0 {
-            return Ok(());
+        if fresh.count() > 0 {
+            self.configured(consumer, fresh, &mut begin)?;
         }
+        Ok(begin)
+    }
+
+    /// An offset that the partition holds: `next`, or what `auto.offset.reset` makes of it.
+    fn held(&self, consumer: &BaseConsumer<Self>, topic: &str, partition: i32, next: i64) -> Result<i64> {
+        let (low, high) = consumer.fetch_watermarks(topic, partition, QUESTION).map_err(Error::fatal)?;
+        let (begin, unread) = self
+            .reset
+            .apply(next, low, high)
+            .map_err(|cause| Error::fatal(cause).context(format!("partition {partition} of `{topic}`")))?;
+        if begin != next {
+            warn!(
+                topic,
+                partition,
+                position = next,
+                begin,
+                unread,
+                "a kafka partition does not hold our position; it is read from elsewhere"
+            );
+            self.unread.inc_by(unread);
+        }
+        Ok(begin)
+    }
+
+    /// Where to begin in partitions of which nothing is known, as the configuration says.
+    fn configured(&self, consumer: &BaseConsumer<Self>, mut fresh: TopicPartitionList, begin: &mut Offsets) -> Result<()> {
         if let Beginning::Timestamp(time) = self.beginning {
             fresh.set_all_offsets(Offset::Offset(time)).map_err(Error::fatal)?;
             fresh = consumer.offsets_for_times(fresh, QUESTION).map_err(Error::fatal)?;
@@ -258,7 +296,7 @@ impl Group {
             return;
         }
         for element in partitions.elements() {
-            state.ownership.revoke(element.topic(), element.partition(), lost);
+            state.ownership.revoke(element.topic(), element.partition());
         }
         state.revocations += 1;
         info!(partitions = partitions.count(), lost, "kafka partitions revoked");
@@ -490,8 +528,12 @@ fn judge(error: KafkaError) -> Result<()> {
             | RDKafkaErrorCode::SaslAuthenticationFailed,
         )
         | KafkaError::MessageConsumptionFatal(_) => Err(Error::fatal(error)),
-        other => {
-            warn!(error = %other, "kafka consumer reports an error and goes on");
+        passing => {
+            if is_logged(&passing) {
+                debug!(error = %passing, "kafka consumer reports an error and goes on");
+            } else {
+                warn!(error = %passing, "kafka consumer reports an error and goes on");
+            }
             Ok(())
         }
     }
@@ -510,14 +552,18 @@ mod tests {
     }
 
     #[test]
-    fn the_position_is_of_our_partitions_only() {
+    fn the_position_is_the_stored_one_until_there_is_news() {
         let mut stored = Offsets::default();
         stored.set("t", 0, 9);
-        let shared = Shared::new(stored);
-        assert_eq!(shared.position(&Offsets::default()).get("t", 0), Some(9));
+        let shared = Shared::new(stored.clone());
+        assert_eq!(shared.position(), stored);
         let mut begin = Offsets::default();
         begin.set("t", 1, 4);
         shared.state().ownership.assign(&begin);
-        assert_eq!(shared.position(&Offsets::default()), begin);
+        assert_eq!((shared.position().get("t", 0), shared.position().get("t", 1)), (Some(9), Some(4)));
+        begin.set("t", 1, 6);
+        shared.pulled(None);
+        shared.pulled(Some(&begin));
+        assert_eq!((shared.position().get("t", 0), shared.position().get("t", 1)), (Some(9), Some(6)));
     }
 }

@@ -5,6 +5,7 @@ mod config;
 mod consumer;
 mod event_id;
 mod ownership;
+mod reach;
 mod sink;
 mod source;
 

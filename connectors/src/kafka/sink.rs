@@ -27,10 +27,11 @@ use rdkafka::message::{Header, Headers, Message as _, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
-use tracing::{debug, warn};
+use tracing::debug;
 
-use super::config::{Cluster, log_line, with_brokers};
+use super::config::{Cluster, with_brokers};
 use super::event_id::{self, EventIds};
+use super::reach::{Trouble, ask, log_line};
 use crate::payloads::Payloads;
 use crate::refused::Refusals;
 use crate::topic::suggestion;
@@ -39,8 +40,6 @@ use crate::topic::suggestion;
 const MOST_RECORDS: &str = "100000";
 /// How long `prepare` waits before it tells the engine that it is still waiting.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long the first answer of a broker may take.
-const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// A missed wake-up costs no more than this.
 const RECHECK: Duration = Duration::from_millis(100);
 
@@ -156,7 +155,7 @@ impl KafkaSinkConfig {
             .collect();
         let payloads = Payloads::plan(self.format, schema).map_err(|found| problems.push(found));
         match payloads {
-            Ok(payloads) if problems.is_empty() => Ok(Route { payloads, key, headers, positioned: event_id::positioned(schema) }),
+            Ok(payloads) if problems.is_empty() => Ok(Route { payloads, key, headers }),
             _ => Err(problems),
         }
     }
@@ -172,7 +171,6 @@ struct Route {
     payloads: Payloads,
     key: Option<usize>,
     headers: Vec<(String, usize)>,
-    positioned: bool,
 }
 
 /// The bytes of each row's key or header: binary and text as they are, other types as text.
@@ -214,6 +212,7 @@ struct Reports {
     changed: Notify,
     refusals: Refusals,
     failure: Mutex<Option<String>>,
+    trouble: Trouble,
 }
 
 impl Reports {
@@ -235,7 +234,7 @@ impl ClientContext for Confirm {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        warn!(%error, reason, "kafka client reports an error");
+        self.0.trouble.told(&error, reason);
     }
 }
 
@@ -377,14 +376,15 @@ impl Sink for KafkaSink {
         let payloads = route.payloads.of(&records)?;
         let keys = route.key.map(|index| Texts::of(records.column(index))).transpose()?;
         let columns = route.headers.iter().map(|(_, index)| Texts::of(records.column(*index))).collect::<Result<Vec<_>>>()?;
-        let ids = EventIds { origin: self.origin.clone(), positioned: route.positioned };
+        let origin = self.origin.clone();
+        let ids = EventIds::of(&origin, &records);
         let mut rejected = Vec::new();
         let mut id = String::new();
         for row in 0..records.num_rows() {
             let key = keys.as_ref().and_then(|keys| keys.get(row));
             let payload = (!payloads.is_null(row)).then(|| payloads.value(row));
             let number = self.written + row as u64;
-            ids.write(&mut id, &records, row, number, key, payload.unwrap_or_default());
+            ids.write(&mut id, row, number, key, payload.unwrap_or_default());
             let headers =
                 route.headers.iter().zip(&columns).map(|((name, _), column)| (name.as_str(), column.get(row))).collect();
             let outgoing = Outgoing { key, payload, id: &id, headers };
@@ -429,12 +429,11 @@ impl Sink for KafkaSink {
 
 /// Makes the producer and asks for the topic, so that an unreachable broker is told when the pipeline starts.
 fn connect(config: &ClientConfig, reports: Arc<Reports>, topic: &str) -> Result<ThreadedProducer<Confirm>> {
-    let producer: ThreadedProducer<Confirm> =
-        config.create_with_context(Confirm(reports)).map_err(|e| Error::fatal(e).context("making a kafka producer"))?;
-    producer
-        .client()
-        .fetch_metadata(Some(topic), FIRST_ANSWER)
-        .map_err(|e| Error::retry(e).context(format!("asking for topic `{topic}`")))?;
+    let producer: ThreadedProducer<Confirm> = config
+        .create_with_context(Confirm(Arc::clone(&reports)))
+        .map_err(|e| Error::fatal(e).context("making a kafka producer"))?;
+    // The producer has a thread that hears of trouble.
+    ask(producer.client(), topic, &reports.trouble, || {})?;
     Ok(producer)
 }
 

@@ -12,8 +12,9 @@ use afferent_engine::{Error, Position, Pulled, Result, Source, message};
 use arrow::compute::kernels::cast_utils::string_to_timestamp_nanos;
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
+use prometheus::IntCounter;
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer, DefaultConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
@@ -22,12 +23,11 @@ use tracing::warn;
 
 use super::config::with_brokers;
 use super::consumer::{Beginning, Chunk, Group, Reader, Shared};
-use super::ownership::Offsets;
+use super::ownership::{Offsets, Reset};
+use super::reach::reach;
 
 /// Batches that wait for the engine at most.
 const WAITING: usize = 2;
-/// How long the first answer of a broker may take.
-const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// How long the last commit and leaving the group may take.
 const GOODBYE: Duration = Duration::from_secs(15);
 
@@ -35,9 +35,12 @@ with_brokers! {
     /// Reads records from Kafka topics. Each record is a row: `payload`, `key`, `topic`, `timestamp`, `headers`, `partition`
     /// and `offset`; a record without a value (a tombstone) has an empty payload.
     ///
-    /// The source joins a consumer group, so that identical processes divide the partitions among them. A start
-    /// goes on where the pipeline's last stored epoch stands; for partitions that are new to this pipeline, where
-    /// the group stands; and where neither is known, where `start` says.
+    /// The source joins a consumer group, so that identical processes divide the partitions among them. In each
+    /// partition it goes on where the pipeline's last stored epoch stands or where the group stands, whichever is
+    /// further; where neither is known, `start` says. When the partition does not hold that offset (its records were
+    /// deleted before they were read, or the topic was made anew) the pipeline fails, unless
+    /// `options: { auto.offset.reset: earliest }` (or `latest`) says where to go on; this is logged, and the records
+    /// that are skipped are counted.
     pub struct KafkaSourceConfig {
         /// The topics to read.
         topics: Vec<String>,
@@ -156,9 +159,10 @@ impl SourceConfig for KafkaSourceConfig {
             replay: Replay::Exact,
             bounded: self.stop_at_end,
             in_flight: None,
-            build: Arc::new(move |_: &BuildContext| {
+            build: Arc::new(move |context: &BuildContext| {
                 Ok(Box::new(KafkaSource {
                     config: cluster.client(&own)?,
+                    unread: context.dropped("offset_reset"),
                     topics: self.topics.clone(),
                     beginning,
                     batch_rows: self.batch_rows as usize,
@@ -166,7 +170,6 @@ impl SourceConfig for KafkaSourceConfig {
                     schema: Arc::clone(&row_schema),
                     probe: None,
                     running: None,
-                    pulled: Offsets::default(),
                     ended: false,
                 }) as Box<dyn Source>)
             }),
@@ -182,6 +185,7 @@ struct Running {
 
 struct KafkaSource {
     config: ClientConfig,
+    unread: IntCounter,
     topics: Vec<String>,
     beginning: Beginning,
     batch_rows: usize,
@@ -189,14 +193,18 @@ struct KafkaSource {
     schema: SchemaRef,
     probe: Option<JoinHandle<Result<()>>>,
     running: Option<Running>,
-    pulled: Offsets,
     ended: bool,
 }
 
 impl KafkaSource {
     fn start(&mut self, stored: Offsets) -> Result<()> {
         let shared = Arc::new(Shared::new(stored));
-        let group = Group { shared: Arc::clone(&shared), beginning: self.beginning };
+        let group = Group {
+            shared: Arc::clone(&shared),
+            beginning: self.beginning,
+            reset: Reset::of(self.config.get("auto.offset.reset")),
+            unread: self.unread.clone(),
+        };
         let consumer: BaseConsumer<Group> =
             self.config.create_with_context(group).map_err(|e| Error::fatal(e).context("making a kafka consumer"))?;
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
@@ -223,21 +231,6 @@ impl KafkaSource {
         self.running = Some(Running { shared, chunks, done });
         Ok(())
     }
-}
-
-/// Asks for the topics, so that an unreachable broker or a missing topic is told when the pipeline starts. Blocks.
-fn reach(config: &ClientConfig, topics: &[String]) -> Result<()> {
-    let probe: BaseConsumer<DefaultConsumerContext> =
-        config.create().map_err(|e| Error::fatal(e).context("making a kafka client"))?;
-    for topic in topics {
-        let answer = probe
-            .fetch_metadata(Some(topic), FIRST_ANSWER)
-            .map_err(|e| Error::retry(e).context(format!("asking for topic `{topic}`")))?;
-        if let Some(code) = answer.topics().iter().find_map(|found| found.error()) {
-            return Err(Error::retry(format!("topic `{topic}` cannot be read: {code:?}")));
-        }
-    }
-    Ok(())
 }
 
 #[async_trait]
@@ -267,12 +260,13 @@ impl Source for KafkaSource {
         }
         // Nothing is awaited behind this line, so that a dropped future has taken nothing.
         let chunk = running.chunks.recv().await;
-        running.shared.pulled();
+        let upto = match &chunk {
+            Some(Chunk::Rows(_, upto)) => Some(upto),
+            _ => None,
+        };
+        running.shared.pulled(upto);
         match chunk {
-            Some(Chunk::Rows(batch, upto)) => {
-                self.pulled.advance(&upto);
-                Ok(Pulled::Batch(batch))
-            }
+            Some(Chunk::Rows(batch, _)) => Ok(Pulled::Batch(batch)),
             Some(Chunk::End) => {
                 self.ended = true;
                 Ok(Pulled::End)
@@ -283,8 +277,7 @@ impl Source for KafkaSource {
     }
 
     fn position(&self) -> Position {
-        let position = self.running.as_ref().map_or_else(Offsets::default, |running| running.shared.position(&self.pulled));
-        Position::of(&position)
+        Position::of(&self.running.as_ref().map_or_else(Offsets::default, |running| running.shared.position()))
     }
 
     async fn commit(&mut self, position: &Position) -> Result<()> {

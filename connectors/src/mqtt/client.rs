@@ -334,7 +334,7 @@ fn broken311(error: &rumqttc::ConnectionError) -> Broken {
             cause: format!("the broker refused the connection: {code:?}"),
             refused: !matches!(code, ConnectReturnCode::ServiceUnavailable),
         },
-        other => Broken { cause: chain(other), refused: false },
+        other => Broken { cause: advised(chain(other)), refused: false },
     }
 }
 
@@ -355,8 +355,13 @@ fn broken5(error: &v5::ConnectionError) -> Broken {
             );
             Broken { cause: format!("the broker refused the connection: {code:?}"), refused }
         }
-        other => Broken { cause: chain(other), refused: false },
+        other => Broken { cause: advised(chain(other)), refused: false },
     }
+}
+
+/// A certificate that nobody vouches for usually means an authority of one's own.
+fn advised(cause: String) -> String {
+    if cause.contains("UnknownIssuer") { format!("{cause}; name its authority with `tls: {{ ca: FILE }}`") } else { cause }
 }
 
 /// An error with its causes; the library's own text often leaves them out.

@@ -1,18 +1,17 @@
 //! The connection settings that the `mqtt` source and sink share: what an author writes, how it is checked while
 //! planning, and what of it the client needs (secrets and files are read only when the stage is built).
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use afferent_engine::component::{PlanContext, Problem};
 use afferent_engine::config::{Interval, Secret, resolve};
 use afferent_engine::{Error, Result};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use url::Url;
+
+use crate::tls::Tls;
 
 /// Defines a configuration struct with the connection settings in front of its own fields. A nested struct would
 /// make authors write one more level, and serde's `flatten` would accept unknown keys.
@@ -36,7 +35,7 @@ macro_rules! with_connection {
             password: Option<afferent_engine::config::Secret>,
             /// Certificates, for a broker with a private authority or one that asks for ours.
             #[serde(default)]
-            tls: Option<crate::mqtt::config::Tls>,
+            tls: Option<crate::tls::Tls>,
             /// The version of the protocol.
             #[serde(default)]
             protocol: crate::mqtt::config::Protocol,
@@ -101,21 +100,6 @@ pub(super) fn refuse_exactly_once(qos: Qos) -> Option<Problem> {
         )
         .help("use `at_least_once`")
     })
-}
-
-/// Certificates for TLS; relative paths start at the pipeline file.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, rename_all = "snake_case")]
-pub struct Tls {
-    /// The authorities to trust, as a PEM file; by default those of the system.
-    #[serde(default)]
-    pub ca: Option<PathBuf>,
-    /// Our own certificate with its chain, as a PEM file.
-    #[serde(default)]
-    pub cert: Option<PathBuf>,
-    /// The private key of our certificate, as a PEM file.
-    #[serde(default)]
-    pub key: Option<PathBuf>,
 }
 
 pub(super) fn keep_alive() -> Interval {
@@ -185,15 +169,7 @@ impl Connection {
                 .push(Problem::new("missing-username", "/password", "there is a password and no user").help("add `username`"));
         }
         if let Some(tls) = &mut self.tls {
-            if tls.cert.is_some() != tls.key.is_some() {
-                problems.push(
-                    Problem::new("tls", "/tls", "a certificate needs its key, and a key its certificate")
-                        .help("write both `cert` and `key`"),
-                );
-            }
-            for path in [&mut tls.ca, &mut tls.cert, &mut tls.key].into_iter().flatten() {
-                *path = context.path(&*path);
-            }
+            problems.extend(tls.check(context));
         }
         if self.client_id.as_deref() == Some("") {
             problems.push(
@@ -216,7 +192,7 @@ impl Connection {
             None => String::new(),
             Some(secret) => secret.reveal().map_err(|e| Error::fatal(e).context("reading `password`"))?,
         };
-        let tls = if endpoint.secure { Some(Arc::new(tls_config(self.tls.as_ref())?)) } else { None };
+        let tls = if endpoint.secure { Some(Arc::new(self.tls.clone().unwrap_or_default().client()?)) } else { None };
         let username =
             self.username.as_deref().map(resolve).transpose().map_err(|e| Error::fatal(e).context("reading `username`"))?;
         Ok(Dial {
@@ -250,60 +226,6 @@ fn endpoint(url: &str) -> std::result::Result<Endpoint, String> {
     }
     let host = parsed.host_str().filter(|host| !host.is_empty()).ok_or_else(|| format!("`{url}` names no host"))?;
     Ok(Endpoint { host: host.to_owned(), port: parsed.port().unwrap_or(default_port), secure })
-}
-
-/// Where systems keep the authorities they trust, as one PEM file: Debian, Fedora, openSUSE, Alpine and macOS, BSD.
-const SYSTEM_AUTHORITIES: [&str; 5] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-    "/usr/local/share/certs/ca-root-nss.crt",
-];
-
-/// A TLS configuration with the `ring` provider named in it: the process-wide default stays as it is, since
-/// other libraries of this process bring another one.
-fn tls_config(tls: Option<&Tls>) -> Result<rustls::ClientConfig> {
-    let none = Tls::default();
-    let tls = tls.unwrap_or(&none);
-    let ca = match &tls.ca {
-        Some(path) => path.clone(),
-        None => std::env::var_os("SSL_CERT_FILE")
-            .map(PathBuf::from)
-            .into_iter()
-            .chain(SYSTEM_AUTHORITIES.map(PathBuf::from))
-            .find(|path| path.is_file())
-            .ok_or_else(|| {
-                Error::fatal(
-                    "this system has no list of trusted authorities where one was looked for; name one with `tls: { ca: FILE }`",
-                )
-            })?,
-    };
-    let mut roots = rustls::RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(certificates(&ca)?);
-    if added == 0 {
-        return Err(Error::fatal(format!("{} holds no certificate of an authority", ca.display())));
-    }
-    let builder = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(Error::fatal)?
-        .with_root_certificates(roots);
-    match (&tls.cert, &tls.key) {
-        (Some(cert), Some(key_path)) => {
-            let key = PrivateKeyDer::from_pem_file(key_path)
-                .map_err(|e| Error::fatal(format!("cannot read the private key {}: {e}", key_path.display())))?;
-            builder
-                .with_client_auth_cert(certificates(cert)?, key)
-                .map_err(|e| Error::fatal(e).context(format!("using the certificate {}", cert.display())))
-        }
-        _ => Ok(builder.with_no_client_auth()),
-    }
-}
-
-fn certificates(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>> {
-    let cannot =
-        |e: rustls::pki_types::pem::Error| Error::fatal(format!("cannot read certificates from {}: {e}", path.display()));
-    CertificateDer::pem_file_iter(path).map_err(cannot)?.collect::<std::result::Result<Vec<_>, _>>().map_err(cannot)
 }
 
 #[cfg(test)]

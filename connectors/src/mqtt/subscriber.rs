@@ -39,6 +39,10 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(20);
 /// A poll that yields nothing for two keep-alive intervals and this long is stuck in a write to a peer that does
 /// not read (MQTT 5 in rumqttc has no limit on that): the connection is given up.
 const STUCK: Duration = Duration::from_secs(15);
+/// How long a broker may take to close the connection after our DISCONNECT. By then it has read the last
+/// acknowledgements: mosquitto reads one packet a turn, and a client that comes back at once under the same id
+/// takes the session over before the rest is read, so that acknowledged messages come again.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What the source wants. The newest value stands for all before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +96,8 @@ struct Session {
     closing: bool,
     /// Our DISCONNECT is in the library's channel, behind everything that was to go out before it.
     said_goodbye: bool,
+    /// Our DISCONNECT has gone out; the broker closes the connection when it has read that far.
+    parted: bool,
     since: Mark,
     maximum: Option<usize>,
     keep_alive: Duration,
@@ -144,6 +150,7 @@ impl Subscriber {
             subscribed: false,
             closing: self.commands.borrow_and_update().close,
             said_goodbye: false,
+            parted: false,
             since: Mark::default(),
             maximum: None,
             keep_alive: self.dial.keep_alive,
@@ -165,7 +172,7 @@ impl Subscriber {
                 }
                 continue;
             }
-            let limit = session.keep_alive * 2 + STUCK;
+            let limit = if session.parted { FAREWELL } else { session.keep_alive * 2 + STUCK };
             let event = {
                 // The poll is never dropped half-way but to give the connection up: a packet may be half written.
                 let mut poll = pin!(link.poll());
@@ -185,7 +192,7 @@ impl Subscriber {
                 }
             };
             match event {
-                Ok(Event::Disconnected) => return Ended::Closed,
+                Ok(Event::Disconnected) => session.parted = true,
                 Err(_) if session.closing => return Ended::Closed,
                 Err(broken) => return Ended::Broken(broken),
                 Ok(event) => {

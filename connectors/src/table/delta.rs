@@ -35,8 +35,11 @@ const CHECKPOINT_EVERY: u64 = 10;
 const KEEP_VERSIONS: u64 = 100;
 /// New files that make a compaction worth while.
 const COMPACT_FILES: usize = 50;
-/// Compaction merges files that are smaller, up to this size.
-const COMPACT_BYTES: NonZeroU64 = NonZeroU64::MIN.saturating_add(128 << 20);
+/// Compaction merges small files into files of the first size, enough of these into one of the second, and so on:
+/// each row is rewritten once a tier, instead of all rows each time.
+const TIERS: [u64; 3] = [2 << 20, 16 << 20, 128 << 20];
+/// Files of one tier that make merging them into the next worth while.
+const TIER_FILES: usize = 8;
 /// How long replaced files stay for queries that began before.
 const KEEP_REPLACED: &str = "interval 1 hours";
 
@@ -179,8 +182,10 @@ impl Delta {
 
     async fn tidy(&mut self) -> std::result::Result<(), DeltaTableError> {
         if self.table.snapshot()?.log_data().num_files() >= self.settled + COMPACT_FILES {
+            let sizes =
+                self.table.snapshot()?.log_data().iter().map(|file| u64::try_from(file.size()).unwrap_or(0)).collect::<Vec<_>>();
             let compaction = self.table.clone().optimize();
-            let compaction = compaction.with_target_size(COMPACT_BYTES).with_max_concurrent_tasks(1);
+            let compaction = compaction.with_target_size(target(&sizes)).with_max_concurrent_tasks(1);
             let (table, _) = compaction.with_commit_properties(quiet()).await?;
             let vacuum = table.vacuum().with_mode(VacuumMode::Full).with_commit_properties(quiet());
             let (mut table, _) = vacuum.await?;
@@ -205,6 +210,13 @@ impl Delta {
         self.stale = false;
         Ok(())
     }
+}
+
+/// How large a compaction of files of these sizes should make them. Larger files are left alone by it.
+fn target(sizes: &[u64]) -> NonZeroU64 {
+    let full = |lower: u64, tier: u64| sizes.iter().filter(|size| (lower / 2..=tier / 2).contains(*size)).count() >= TIER_FILES;
+    let tier = (1..TIERS.len()).rev().find(|tier| full(TIERS[tier - 1], TIERS[*tier])).unwrap_or(0);
+    NonZeroU64::new(TIERS[tier]).unwrap_or(NonZeroU64::MIN)
 }
 
 /// The table in `dir` at its newest version, if there is one.
@@ -323,6 +335,20 @@ mod tests {
 
     fn schema(fields: &[(&str, DataType)]) -> SchemaRef {
         Arc::new(Schema::new(fields.iter().map(|(n, t)| Field::new(*n, t.clone(), true)).collect::<Vec<_>>()))
+    }
+
+    #[test]
+    fn a_compaction_rewrites_the_large_files_only_when_there_are_many() {
+        let mut sizes = vec![40 << 10; 50];
+        assert_eq!(target(&sizes).get(), TIERS[0]);
+        sizes.extend([2 << 20; TIER_FILES - 1]);
+        assert_eq!(target(&sizes).get(), TIERS[0], "too few of the first tier");
+        sizes.push(2 << 20);
+        assert_eq!(target(&sizes).get(), TIERS[1]);
+        sizes.extend([128 << 20; 20]);
+        assert_eq!(target(&sizes).get(), TIERS[1], "finished files do not count");
+        sizes.extend([16 << 20; TIER_FILES]);
+        assert_eq!(target(&sizes).get(), TIERS[2]);
     }
 
     fn rows(values: &[i64]) -> RecordBatch {

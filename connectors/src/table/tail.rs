@@ -124,8 +124,12 @@ impl Tail {
             Some(segment) => segment,
             None => {
                 let number = self.next;
-                self.next += 1;
-                self.current.insert(Segment::create(&self.dir, number, &self.owner)?)
+                let created = Segment::create(&self.dir, number, &self.owner);
+                // The number of a segment that failed is used again, unless its file could not be taken away.
+                if created.is_ok() || segment_path(&self.dir, number).exists() {
+                    self.next += 1;
+                }
+                self.current.insert(created?)
             }
         };
         segment.write(&self.buffer)?;
@@ -140,11 +144,22 @@ impl Segment {
         let path = segment_path(dir, number);
         let file = OpenOptions::new().append(true).create_new(true).open(&path).map_err(|e| failed("creating", &path, &e))?;
         durable::sync_dir(dir);
-        let mut segment = Self { number, path, file, length: 0, begun: Instant::now(), open_epoch: false };
         let mut header = Vec::new();
         frame::push_owner(&mut header, owner).map_err(Error::fatal)?;
-        segment.write(&header)?;
-        Ok(segment)
+        Self { number, path, file, length: 0, begun: Instant::now(), open_epoch: false }.headed(&header)
+    }
+
+    /// With its first frame; without it (the disk is full) there is to be no segment, either.
+    fn headed(mut self, header: &[u8]) -> Result<Self> {
+        match self.write(header) {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                if let Err(cause) = remove(&self.path) {
+                    tracing::warn!(%cause, "an unfinished segment stays; it holds no rows");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Whole or not at all.
@@ -487,5 +502,27 @@ mod tests {
         remove_through(dir.path(), marks[0].segment).unwrap();
         assert_eq!(values(Epochs::visible(dir.path()).unwrap()), expected(4..=5));
         assert_eq!(segments(&dir.path().join("nothing")).unwrap(), Vec::<u64>::new());
+    }
+
+    #[test]
+    fn a_segment_that_cannot_be_begun_leaves_no_file_and_burns_no_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = segment_path(dir.path(), 1);
+        std::fs::write(&path, "").unwrap();
+        // Open for reading only: a write fails, as it does on a full disk.
+        let file = File::open(&path).unwrap();
+        let segment = Segment { number: 1, path: path.clone(), file, length: 0, begun: Instant::now(), open_epoch: false };
+        segment.headed(b"header").unwrap_err();
+        assert!(!path.exists());
+
+        let mut tail = Tail::recover(dir.path(), "me", None).unwrap();
+        std::fs::remove_dir(dir.path()).unwrap();
+        for _ in 0..3 {
+            assert_eq!(tail.append(1, &[rows(&[10, 11])]).unwrap_err().class(), Class::Retry);
+        }
+        std::fs::create_dir(dir.path()).unwrap();
+        tail.append(1, &[rows(&[10, 11])]).unwrap();
+        assert_eq!(segments(dir.path()).unwrap(), [1]);
+        assert_eq!(values(Epochs::stored(dir.path(), tail.sync().unwrap()).unwrap()), expected([1]));
     }
 }

@@ -80,7 +80,7 @@ impl Chain {
                             let backoff = backoff.get_or_insert_with(|| Backoff::for_calls(self.context.seed));
                             let wait = backoff.next();
                             link.metrics.retries.inc();
-                            tracing::warn!(stage = %link.name, %error, tries = backoff.tries(), "will try again in {:.1} s", wait.as_secs_f64());
+                            tracing::warn!(stage = %link.name, %error, tries = backoff.tries(), "will try again in {wait:?}");
                             self.scratch.outputs.clear();
                             self.scratch.work.push_front((at, input, batch));
                             sleep(wait).await;

@@ -15,7 +15,7 @@ pub(crate) use chain::{Chain, Link};
 pub(crate) use inputs::Inputs;
 pub(crate) use ordered::{Callee, Ordered};
 pub(crate) use outbox::Outbox;
-pub(crate) use rejects::Rejects;
+pub(crate) use rejects::{HELD_REJECTS, HELD_REJECTS_SIMULATED, Rejects};
 pub(crate) use report::{Loop, Passed, Report, SinkCommand, SourceCommand, Stop, failed};
 pub(crate) use sink::SinkStage;
 pub(crate) use source::SourceStage;

@@ -143,7 +143,7 @@ impl Ordered {
                     Class::Retry => {
                         let wait = backoff.next();
                         metrics.retries.inc();
-                        tracing::warn!(stage = %name, %error, tries = backoff.tries(), "will try again in {:.1} s", wait.as_secs_f64());
+                        tracing::warn!(stage = %name, %error, tries = backoff.tries(), "will try again in {wait:?}");
                         sleep(wait).await;
                     }
                 }

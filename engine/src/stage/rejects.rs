@@ -14,7 +14,9 @@ use crate::rejected::{self, Rejected};
 
 /// How many bytes of rejects may wait for a barrier before the stage asks for one: a few of the largest
 /// messages that sources accept by default.
-const URGENT_BYTES: usize = 32 * 1024 * 1024;
+pub(crate) const HELD_REJECTS: usize = 32 * 1024 * 1024;
+/// The same on virtual time: so few that a simulated stage reaches it.
+pub(crate) const HELD_REJECTS_SIMULATED: usize = 1024;
 
 /// The rejects of a stage.
 pub(crate) struct Rejects {
@@ -45,7 +47,7 @@ impl Rejects {
             let before = self.held_bytes;
             self.held_bytes += rejected.iter().map(Rejected::bytes).sum::<usize>();
             self.held.extend(rejected);
-            return Ok(before < URGENT_BYTES && self.held_bytes >= URGENT_BYTES);
+            return Ok(before < context.held_rejects && self.held_bytes >= context.held_rejects);
         }
         let rows = rejected::to_batch(&context.pipeline, &self.stage, context.now_ms(), &rejected)?;
         for edge in &self.edges {

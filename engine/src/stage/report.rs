@@ -73,6 +73,8 @@ pub(crate) struct Loop {
     /// Milliseconds since 1970 at `started`; rejects are stamped with it plus the time since.
     pub(crate) wall: i64,
     pub(crate) started: Instant,
+    /// How many bytes of rejects a stage holds before it asks for a barrier.
+    pub(crate) held_rejects: usize,
 }
 
 impl Loop {

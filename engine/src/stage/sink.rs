@@ -39,7 +39,7 @@ macro_rules! retry {
                     Class::Retry => {
                         let wait = backoff.next();
                         $stage.metrics.retries.inc();
-                        tracing::warn!(stage = %$stage.name, %error, tries = backoff.tries(), concat!($what, " failed; will try again in {:.1} s"), wait.as_secs_f64());
+                        tracing::warn!(stage = %$stage.name, %error, tries = backoff.tries(), concat!($what, " failed; will try again in {:?}"), wait);
                         sleep(wait).await;
                     }
                     _ => break Err(error),
@@ -54,6 +54,7 @@ impl SinkStage {
         let restored = self.restored.take();
         let last = restored.as_ref().map(|(epoch, prepared)| (*epoch, prepared));
         retry!(self, "opening", self.sink.open(last)).map_err(|e| failed(&self.name, e))?;
+        let mut ended = false;
         loop {
             tokio::select! {
                 biased;
@@ -67,11 +68,9 @@ impl SinkStage {
                 arrival = self.inputs.next() => match arrival {
                     None => return Err(Stop::TornDown),
                     Some(Arrival::Batch(input, batch)) => self.write(input, batch).await?,
-                    Some(Arrival::Barrier(epoch)) => self.prepare(epoch).await?,
-                    Some(Arrival::End) => {
-                        self.outbox.broadcast(&Element::End);
-                        self.outbox.flush().await?;
-                    }
+                    Some(Arrival::Barrier(epoch)) => self.prepare(epoch, std::mem::take(&mut ended)).await?,
+                    // A barrier follows, and at it rows may still be refused: what reads them must not have ended.
+                    Some(Arrival::End) => ended = true,
                 },
             }
         }
@@ -99,11 +98,15 @@ impl SinkStage {
         Ok(self.outbox.flush().await?)
     }
 
-    async fn prepare(&mut self, epoch: Epoch) -> Result<(), Stop> {
+    /// Prepares an epoch; with `ended` the first one after the end of all inputs.
+    async fn prepare(&mut self, epoch: Epoch, ended: bool) -> Result<(), Stop> {
         let prepared = retry!(self, "preparing an epoch", self.sink.prepare(epoch));
         let (prepared, rejected) = prepared.map_err(|e| failed(&self.name, e))?;
         // A barrier is passing: asking for another would be too late.
         self.rejects.take(rejected, &self.context, &mut self.outbox).map_err(|e| failed(&self.name, e))?;
+        if ended {
+            self.outbox.broadcast(&Element::End);
+        }
         let rejected = self.rejects.at_barrier(&self.context).map_err(|e| failed(&self.name, e))?;
         let passed =
             Passed { sink: Some((self.name.clone(), prepared)), rejected: rejected.into_iter().collect(), ..Passed::default() };

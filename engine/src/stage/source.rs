@@ -188,7 +188,7 @@ impl SourceStage {
             Class::Retry => {
                 let wait = backoff.next();
                 self.metrics.retries.inc();
-                tracing::warn!(stage = %self.name, %error, tries = backoff.tries(), "will try again in {:.1} s", wait.as_secs_f64());
+                tracing::warn!(stage = %self.name, %error, tries = backoff.tries(), "will try again in {wait:?}");
                 Ok(Instant::now() + wait)
             }
             Class::Reject | Class::Fatal => Err(failed(&self.name, error)),

@@ -1,7 +1,8 @@
-//! A disk in memory that can lose power: what was not synced is then gone. The checkpoint store runs on
-//! it in the simulation, so that a crash there takes what a real one would take.
+//! A disk in memory that can lose power: what was not synced is then gone; and that can be full: it then takes no
+//! write. The checkpoint store runs on it in the simulation, so that a crash there takes what a real one would take.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::StorageBackend;
@@ -14,7 +15,12 @@ struct Content {
 
 /// The disk. Clones are the same disk.
 #[derive(Clone, Debug, Default)]
-pub struct Disk(Arc<Mutex<Content>>);
+pub struct Disk {
+    content: Arc<Mutex<Content>>,
+    /// Shared with what is left after a power cut, as the next: it is the same device.
+    full: Arc<AtomicBool>,
+    refusals: Arc<AtomicUsize>,
+}
 
 impl Disk {
     /// An empty disk.
@@ -22,8 +28,8 @@ impl Disk {
         Self::default()
     }
 
-    /// A redb storage on this disk.
-    pub fn backend(&self) -> impl StorageBackend + use<> {
+    /// A redb storage on this disk. Clones are the same storage.
+    pub fn backend(&self) -> impl StorageBackend + Clone + use<> {
         Backend(self.clone())
     }
 
@@ -31,15 +37,34 @@ impl Disk {
     #[must_use]
     pub fn after_power_cut(&self) -> Disk {
         let synced = self.lock().synced.clone();
-        Disk(Arc::new(Mutex::new(Content { cached: synced.clone(), synced })))
+        let content = Arc::new(Mutex::new(Content { cached: synced.clone(), synced }));
+        Disk { content, full: Arc::clone(&self.full), refusals: Arc::clone(&self.refusals) }
+    }
+
+    /// From now on there is no space left, or there is some again.
+    pub fn fill(&self, full: bool) {
+        self.full.store(full, Ordering::SeqCst);
+    }
+
+    /// How often it has refused something for want of space.
+    pub fn refusals(&self) -> usize {
+        self.refusals.load(Ordering::SeqCst)
+    }
+
+    fn check_space(&self) -> io::Result<()> {
+        if !self.full.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.refusals.fetch_add(1, Ordering::SeqCst);
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     fn lock(&self) -> MutexGuard<'_, Content> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Backend(Disk);
 
 impl StorageBackend for Backend {
@@ -56,7 +81,11 @@ impl StorageBackend for Backend {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.lock().cached.resize(usize::try_from(len).map_err(io::Error::other)?, 0);
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        if len > self.0.lock().cached.len() {
+            self.0.check_space()?;
+        }
+        self.0.lock().cached.resize(len, 0);
         Ok(())
     }
 
@@ -67,6 +96,7 @@ impl StorageBackend for Backend {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.check_space()?;
         let mut content = self.0.lock();
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let place = content.cached.get_mut(start..start + data.len()).ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -4,5 +4,6 @@
 pub mod conformance;
 pub mod disk;
 pub mod simulation;
+mod sketch;
 pub mod stages;
 pub mod world;

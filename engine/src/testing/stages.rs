@@ -1,21 +1,21 @@
 //! Stages of the simulation: memory sources and sinks, and operators that pass, split, hold, reject and
-//! dawdle, all with faults drawn from a seed.
+//! dawdle, all with faults drawn from a seed. The world counts the faults that occur.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::Int64Type;
+use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
-use super::world::{Row, World, to_batch, to_rows};
+use super::world::{Row, World, to_batch, to_position, to_rows};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
+use crate::graph::Port;
 use crate::operator::{AsyncOperator, Operator, Outputs, State, StateDelta};
 use crate::position::{Epoch, Position};
 use crate::rejected::{Given, Rejected};
@@ -32,26 +32,55 @@ pub struct Faults {
     pub fatal: u32,
     /// A stage panics.
     pub panic: u32,
+    /// Opening takes up to some seconds.
+    pub slow_open: u32,
+    /// A call of the dead-letter table fails.
+    pub dead_letters: u32,
     /// A call takes this long at most, in virtual microseconds.
     pub delay: u64,
 }
 
 impl Faults {
-    fn strike(&self, random: &mut fastrand::Rng, what: &str) -> Result<()> {
+    fn strike(&self, world: &World, random: &mut fastrand::Rng, what: &str) -> Result<()> {
         let dice = random.u32(0..1000);
         if dice < self.retry {
+            world.lock().struck("retry");
             return Err(Error::retry(format!("{what}: try again")));
         }
         if dice < self.retry + self.fatal {
+            world.lock().struck("fatal");
             return Err(Error::fatal(format!("{what}: broken")));
         }
-        assert!(dice >= self.retry + self.fatal + self.panic, "{what}: planted panic");
+        let panics = dice < self.retry + self.fatal + self.panic;
+        if panics {
+            world.lock().struck("panic");
+        }
+        assert!(!panics, "{what}: planted panic");
         Ok(())
     }
 
     async fn dawdle(&self, random: &mut fastrand::Rng) {
         if self.delay > 0 && random.bool() {
             sleep(Duration::from_micros(random.u64(0..self.delay))).await;
+        }
+    }
+}
+
+/// When that which opens is open. Kept while opening is interrupted and begun again.
+#[derive(Debug, Default)]
+pub struct Opening(Option<Instant>);
+
+impl Opening {
+    async fn wait(&mut self, faults: &Faults, world: &World, random: &mut fastrand::Rng) {
+        let open_at = *self.0.get_or_insert_with(|| {
+            let slow = random.u32(0..1000) < faults.slow_open;
+            if slow {
+                world.lock().struck("slow open");
+            }
+            Instant::now() + Duration::from_millis(if slow { random.u64(1..3_000) } else { 0 })
+        });
+        if open_at > Instant::now() {
+            sleep_until(open_at).await;
         }
     }
 }
@@ -68,6 +97,8 @@ pub struct MemorySource {
     pub pull: i64,
     /// At most this many unacknowledged, like a broker's in-flight window; 0: no limit.
     pub window: i64,
+    /// Whether it is open yet.
+    pub opening: Opening,
     /// What goes wrong.
     pub faults: Faults,
     /// Where chance comes from.
@@ -77,7 +108,8 @@ pub struct MemorySource {
 #[async_trait]
 impl Source for MemorySource {
     async fn open(&mut self, from: Option<&Position>) -> Result<()> {
-        self.faults.strike(&mut self.random, "opening the source")?;
+        self.opening.wait(&self.faults, &self.world, &mut self.random).await;
+        self.faults.strike(&self.world, &mut self.random, "opening the source")?;
         let acknowledged = self.world.lock().senders[self.index].acknowledged;
         self.next = match (self.world.lock().senders[self.index].kind, from) {
             (super::world::Kind::Redelivering, _) => acknowledged,
@@ -92,31 +124,30 @@ impl Source for MemorySource {
 
     async fn next(&mut self) -> Result<Pulled> {
         self.faults.dawdle(&mut self.random).await;
-        self.faults.strike(&mut self.random, "pulling")?;
-        loop {
-            let (rows, acknowledged) = {
-                let world = self.world.lock();
-                (world.senders[self.index].rows, world.senders[self.index].acknowledged)
-            };
-            if self.next >= rows {
-                return Ok(Pulled::End);
-            }
-            let room = if self.window > 0 { acknowledged + self.window - self.next } else { i64::MAX };
-            if room <= 0 {
-                // The broker sends no more until something is acknowledged.
-                sleep(Duration::from_millis(1)).await;
-                continue;
-            }
-            let count = self.random.i64(1..=self.pull).min(rows - self.next).min(room);
-            let pulled: Vec<Row> =
-                (self.next..self.next + count).map(|id| Row { source: self.index as i64, id, path: 1 }).collect();
-            self.next += count;
+        self.faults.strike(&self.world, &mut self.random, "pulling")?;
+        let (rows, acknowledged) = {
             let mut world = self.world.lock();
             let sender = &mut world.senders[self.index];
-            sender.sent = sender.sent.max(self.next);
-            world.note(format_args!("source {} sends before {}", self.index, self.next));
-            return Ok(Pulled::Batch(Batch::new(to_batch(&pulled))));
+            sender.ended |= self.next >= sender.rows;
+            (sender.rows, sender.acknowledged)
+        };
+        if self.next >= rows {
+            return Ok(Pulled::End);
         }
+        let room = if self.window > 0 { acknowledged + self.window - self.next } else { i64::MAX };
+        if room <= 0 {
+            // The broker sends no more until something is acknowledged, and that interrupts this call.
+            return std::future::pending().await;
+        }
+        let count = self.random.i64(1..=self.pull).min(rows - self.next).min(room);
+        let pulled: Vec<Row> = (self.next..self.next + count).map(|id| Row { source: self.index as i64, id, path: 1 }).collect();
+        self.next += count;
+        let mut world = self.world.lock();
+        let sender = &mut world.senders[self.index];
+        sender.sent = sender.sent.max(self.next);
+        sender.most_under_way = sender.most_under_way.max(self.next - sender.acknowledged);
+        world.note(format_args!("source {} sends before {}", self.index, self.next));
+        Ok(Pulled::Batch(Batch::new(to_batch(&pulled))))
     }
 
     fn position(&self) -> Position {
@@ -138,8 +169,30 @@ pub fn path_behind(path: i64, stage: usize) -> i64 {
     path.wrapping_mul(1_000_003).wrapping_add(stage as i64 + 7)
 }
 
-fn walked(batch: &RecordBatch, stage: usize) -> Vec<Row> {
-    to_rows(batch).into_iter().map(|row| Row { path: path_behind(row.path, stage), ..row }).collect()
+/// A row as it leaves by a `rejected` output: on a path of its own, since order between the outputs is not promised.
+pub fn turned_away(row: Row) -> Row {
+    Row { path: path_behind(row.path, 500), ..row }
+}
+
+fn reject(row: Row) -> Rejected {
+    Rejected {
+        code: "planted",
+        reason: "every so many-th".into(),
+        position: to_position(turned_away(row)),
+        given: Given::Row("{}".into()),
+    }
+}
+
+/// The rows of a batch that has arrived.
+fn arrived(batch: &RecordBatch, world: &World) -> Vec<Row> {
+    if batch.column_by_name("reason").is_some() {
+        world.lock().struck("rejected edge");
+    }
+    to_rows(batch)
+}
+
+fn walked(batch: &RecordBatch, world: &World, stage: usize) -> Vec<Row> {
+    arrived(batch, world).into_iter().map(|row| Row { path: path_behind(row.path, stage), ..row }).collect()
 }
 
 /// What a simulated operator does with a row.
@@ -156,16 +209,16 @@ pub enum Verb {
 }
 
 impl Verb {
-    /// The output that a row takes and the row as it leaves, or `None` when it is rejected. The outputs of
-    /// a split are different paths: where they meet again, order between them is not promised.
-    pub fn apply(self, row: Row) -> Option<(usize, Row)> {
+    /// The output that a row takes, and the row as it leaves. The outputs of a split are different paths: where they
+    /// meet again, order between them is not promised.
+    pub fn apply(self, row: Row) -> (Port, Row) {
         match self {
-            Verb::Pass | Verb::Hold(_) => Some((0, row)),
+            Verb::Reject(every) if row.id % every == 0 => (Port::Rejected, turned_away(row)),
+            Verb::Pass | Verb::Hold(_) | Verb::Reject(_) => (Port::Output(0), row),
             Verb::Split => {
                 let output = (row.id % 2) as usize;
-                Some((output, Row { path: path_behind(row.path, output), ..row }))
+                (Port::Output(output), Row { path: path_behind(row.path, output), ..row })
             }
-            Verb::Reject(every) => (row.id % every != 0).then_some((0, row)),
         }
     }
 }
@@ -176,6 +229,8 @@ pub struct MemoryOperator {
     pub stage: usize,
     /// What it does.
     pub verb: Verb,
+    /// The world.
+    pub world: World,
     /// What goes wrong.
     pub faults: Faults,
     /// Where chance comes from.
@@ -188,8 +243,8 @@ pub struct MemoryOperator {
 
 impl Operator for MemoryOperator {
     fn process(&mut self, _: usize, batch: Batch, outputs: &mut Outputs) -> Result<()> {
-        self.faults.strike(&mut self.random, "an operator")?;
-        let rows = walked(batch.records(), self.stage);
+        self.faults.strike(&self.world, &mut self.random, "an operator")?;
+        let rows = walked(batch.records(), &self.world, self.stage);
         if let Verb::Hold(size) = self.verb {
             for row in rows {
                 let held = self.held.entry(row.source).or_default();
@@ -204,13 +259,8 @@ impl Operator for MemoryOperator {
         let mut by_output: BTreeMap<usize, Vec<Row>> = BTreeMap::new();
         for row in rows {
             match self.verb.apply(row) {
-                Some((output, row)) => by_output.entry(output).or_default().push(row),
-                None => outputs.reject([Rejected {
-                    code: "planted",
-                    reason: "every so many-th".into(),
-                    position: format!("{},{},{}", row.source, row.id, row.path),
-                    given: Given::Row("{}".into()),
-                }]),
+                (Port::Output(output), row) => by_output.entry(output).or_default().push(row),
+                (Port::Rejected, _) => outputs.reject([reject(row)]),
             }
         }
         for (output, rows) in by_output {
@@ -260,6 +310,8 @@ pub struct MemoryAsync {
     pub stage: usize,
     /// Overlapping calls.
     pub concurrency: usize,
+    /// The world.
+    pub world: World,
     /// What goes wrong.
     pub faults: Faults,
     /// Where chance comes from.
@@ -268,20 +320,16 @@ pub struct MemoryAsync {
 
 impl AsyncOperator for MemoryAsync {
     fn call(&self, batch: Batch) -> BoxFuture<'static, Result<Outputs>> {
-        let first = batch.records().column(1).as_primitive::<Int64Type>().values().first().copied().unwrap_or(0);
-        let mut random = fastrand::Rng::with_seed(
-            self.seed
-                ^ (first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                ^ tokio::time::Instant::now().elapsed().as_nanos() as u64,
-        );
-        let (stage, faults) = (self.stage, self.faults);
+        let first = to_rows(batch.records()).first().map_or(0, |row| row.id);
+        // With the time in it, so that a call that is repeated does not fail for ever.
+        let now = self.world.lock().began.map_or(0, |began| began.elapsed().as_nanos() as u64);
+        let mut random = fastrand::Rng::with_seed(self.seed ^ (first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ now);
+        let (stage, faults, world) = (self.stage, self.faults, self.world.clone());
         async move {
             sleep(Duration::from_micros(random.u64(0..faults.delay.max(1) * 4))).await;
-            if random.u32(0..1000) < faults.fatal {
-                return Err(Error::fatal("a call: broken"));
-            }
+            faults.strike(&world, &mut random, "a call")?;
             let mut outputs = Outputs::new();
-            outputs.emit(batch.derive(to_batch(&walked(batch.records(), stage))));
+            outputs.emit(batch.derive(to_batch(&walked(batch.records(), &world, stage))));
             Ok(outputs)
         }
         .boxed()
@@ -292,12 +340,37 @@ impl AsyncOperator for MemoryAsync {
     }
 }
 
+/// Which rows a simulated sink never takes, and when it says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It takes all.
+    Never,
+    /// Every so many-th, as it is written.
+    AtWrite(i64),
+    /// Every so many-th, when the epoch is prepared.
+    AtPrepare(i64),
+}
+
+impl Refusal {
+    /// Whether it never takes this row.
+    pub fn refuses(self, row: Row) -> bool {
+        match self {
+            Refusal::Never => false,
+            Refusal::AtWrite(every) | Refusal::AtPrepare(every) => row.id % every == 0,
+        }
+    }
+}
+
 /// A transactional sink.
 pub struct MemorySink {
     /// Its index among the sinks of the world.
     pub index: usize,
     /// The world.
     pub world: World,
+    /// What it does not take.
+    pub refusal: Refusal,
+    /// Whether it is open yet.
+    pub opening: Opening,
     /// Written and not yet prepared: gone with the process.
     pub buffer: Vec<Row>,
     /// What goes wrong.
@@ -306,10 +379,31 @@ pub struct MemorySink {
     pub random: fastrand::Rng,
 }
 
+impl MemorySink {
+    async fn strike(&mut self, what: &str) -> Result<()> {
+        self.faults.dawdle(&mut self.random).await;
+        let mut world = self.world.lock();
+        if world.is_down(self.index) {
+            world.struck("sink down");
+            return Err(Error::retry(format!("{what}: the peer is down")));
+        }
+        drop(world);
+        self.faults.strike(&self.world, &mut self.random, what)
+    }
+
+    /// Takes those rows out of `rows` that it never takes.
+    fn refuse(&self, rows: &mut Vec<Row>) -> Vec<Rejected> {
+        let refused: Vec<Rejected> = rows.iter().filter(|row| self.refusal.refuses(**row)).map(|row| reject(*row)).collect();
+        rows.retain(|row| !self.refusal.refuses(*row));
+        refused
+    }
+}
+
 #[async_trait]
 impl Sink for MemorySink {
     async fn open(&mut self, last: Option<(Epoch, &Prepared)>) -> Result<()> {
-        self.faults.strike(&mut self.random, "opening the sink")?;
+        self.opening.wait(&self.faults, &self.world, &mut self.random).await;
+        self.faults.strike(&self.world, &mut self.random, "opening the sink")?;
         let through = last.map_or(0, |(epoch, _)| epoch.as_u64());
         let mut world = self.world.lock();
         let held = &mut world.sinks[self.index];
@@ -322,24 +416,36 @@ impl Sink for MemorySink {
     }
 
     async fn write(&mut self, _: usize, batch: Batch) -> Result<Vec<Rejected>> {
-        self.faults.dawdle(&mut self.random).await;
-        self.faults.strike(&mut self.random, "writing")?;
-        self.buffer.extend(to_rows(batch.records()));
-        Ok(Vec::new())
+        self.strike("writing").await?;
+        let mut rows = arrived(batch.records(), &self.world);
+        let mut refused = Vec::new();
+        if matches!(self.refusal, Refusal::AtWrite(_)) {
+            refused = self.refuse(&mut rows);
+        }
+        if !refused.is_empty() {
+            self.world.lock().struck("refused at write");
+        }
+        self.buffer.extend(rows);
+        Ok(refused)
     }
 
     async fn prepare(&mut self, epoch: Epoch) -> Result<(Prepared, Vec<Rejected>)> {
-        self.faults.dawdle(&mut self.random).await;
-        self.faults.strike(&mut self.random, "preparing")?;
-        let rows = std::mem::take(&mut self.buffer);
+        self.strike("preparing").await?;
+        let mut rows = std::mem::take(&mut self.buffer);
+        // What is refused at the write is not in the buffer.
+        let refused = self.refuse(&mut rows);
         let mut world = self.world.lock();
+        if !refused.is_empty() {
+            let at_the_end = world.senders.iter().all(|sender| sender.ended);
+            world.struck(if at_the_end { "refused in prepare at the end of input" } else { "refused in prepare" });
+        }
         world.note(format_args!("sink {} prepares {epoch}: {} rows", self.index, rows.len()));
         world.sinks[self.index].prepared.insert(epoch.as_u64(), rows);
-        Ok((Prepared::Null, Vec::new()))
+        Ok((Prepared::Null, refused))
     }
 
     async fn finish(&mut self, epoch: Epoch, _: &Prepared) -> Result<()> {
-        self.faults.strike(&mut self.random, "finishing")?;
+        self.strike("finishing").await?;
         let mut world = self.world.lock();
         let held = &mut world.sinks[self.index];
         if let Some(rows) = held.prepared.remove(&epoch.as_u64()) {
@@ -356,24 +462,36 @@ pub struct MemoryDeadLetters {
     pub world: World,
     /// The newest number taken; survives crashes by living in the world's `Arc`.
     pub newest: Arc<AtomicU64>,
+    /// What goes wrong.
+    pub faults: Faults,
+    /// Where chance comes from.
+    pub random: fastrand::Rng,
+}
+
+impl MemoryDeadLetters {
+    fn fails(&mut self, fault: &'static str) -> Result<()> {
+        if self.random.u32(0..1000) >= self.faults.dead_letters {
+            return Ok(());
+        }
+        self.world.lock().struck(fault);
+        Err(Error::retry(fault))
+    }
 }
 
 #[async_trait]
 impl DeadLetters for MemoryDeadLetters {
     async fn newest(&mut self, _: &str) -> Result<u64> {
+        self.faults.dawdle(&mut self.random).await;
         Ok(self.newest.load(Ordering::SeqCst))
     }
 
     async fn append(&mut self, _: &str, number: u64, rows: RecordBatch) -> Result<()> {
+        self.faults.dawdle(&mut self.random).await;
+        self.fails("dead letters refused")?;
         self.newest.store(number, Ordering::SeqCst);
-        let positions = rows.column(3).as_string::<i32>();
-        let mut world = self.world.lock();
-        for position in positions.iter().flatten() {
-            let numbers: Vec<i64> = position.split(',').filter_map(|number| number.parse().ok()).collect();
-            if let [source, id, path] = numbers[..] {
-                *world.dead.entry(Row { source, id, path }).or_default() += 1;
-            }
+        for row in to_rows(&rows) {
+            *self.world.lock().dead.entry(row).or_default() += 1;
         }
-        Ok(())
+        self.fails("dead letters taken, and not said so")
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
@@ -32,10 +33,26 @@ pub fn to_batch(rows: &[Row]) -> RecordBatch {
     RecordBatch::try_new(schema(), columns).unwrap_or_else(|_| RecordBatch::new_empty(schema()))
 }
 
-/// A record batch as rows.
+/// A record batch as rows; also one of rejected rows, which say what they are in their position.
 pub fn to_rows(batch: &RecordBatch) -> Vec<Row> {
+    if let Some(positions) = batch.column_by_name("position").and_then(|column| column.as_string_opt::<i32>()) {
+        return positions.iter().flatten().filter_map(from_position).collect();
+    }
     let column = |at: usize| batch.column(at).as_primitive::<Int64Type>().values();
     (0..batch.num_rows()).map(|i| Row { source: column(0)[i], id: column(1)[i], path: column(2)[i] }).collect()
+}
+
+/// What the position of a rejected row says.
+pub fn to_position(row: Row) -> String {
+    format!("{},{},{}", row.source, row.id, row.path)
+}
+
+fn from_position(position: &str) -> Option<Row> {
+    let mut numbers = position.split(',').map(str::parse::<i64>);
+    match [numbers.next()?, numbers.next()?, numbers.next()?] {
+        [Ok(source), Ok(id), Ok(path)] => Some(Row { source, id, path }),
+        _ => None,
+    }
 }
 
 /// How a source behaves after a crash.
@@ -58,6 +75,10 @@ pub struct Sender {
     pub acknowledged: i64,
     /// Rows before this one were handed to the pipeline at least once.
     pub sent: i64,
+    /// It has been read to its end at least once.
+    pub ended: bool,
+    /// How many rows were under way at most: handed over by one start of the pipeline and not acknowledged.
+    pub most_under_way: i64,
 }
 
 /// What one sink holds.
@@ -67,6 +88,8 @@ pub struct Held {
     pub visible: Vec<Row>,
     /// What is durable but not yet visible, by epoch.
     pub prepared: BTreeMap<u64, Vec<Row>>,
+    /// It takes nothing from then to then, since the clock's start.
+    pub down: Option<(Duration, Duration)>,
 }
 
 /// The world.
@@ -86,6 +109,10 @@ pub struct State {
     pub expected_dead: BTreeSet<Row>,
     /// True when some stage keeps rows back: then a row may be committed while it is only in a checkpoint.
     pub holds_rows: bool,
+    /// Since when the disk of the checkpoint store is full.
+    pub full_since: Option<Instant>,
+    /// How often each kind of fault has occurred.
+    pub faults: BTreeMap<&'static str, usize>,
     /// What went wrong, as soon as it is seen.
     pub violations: Vec<String>,
     /// Everything that happened, with its virtual time.
@@ -112,6 +139,17 @@ impl State {
         let _ = writeln!(self.log, "{at:>10} {line}");
     }
 
+    /// A fault of this kind occurs.
+    pub fn struck(&mut self, fault: &'static str) {
+        *self.faults.entry(fault).or_default() += 1;
+    }
+
+    /// Whether a sink takes nothing just now.
+    pub fn is_down(&self, sink: usize) -> bool {
+        let now = self.began.map_or(Duration::ZERO, |began| began.elapsed());
+        self.sinks[sink].down.is_some_and(|(from, to)| from <= now && now < to)
+    }
+
     /// The pipeline acknowledges everything of `source` before row `position`.
     pub fn acknowledge(&mut self, source: usize, position: i64) {
         self.note(format_args!("ack source {source} before {position}"));
@@ -121,6 +159,10 @@ impl State {
             if let Some(row) = missing {
                 self.violations.push(format!("committed ahead of durable: {row:?} acknowledged before it was durable"));
             }
+        }
+        // What was stored in time may be acknowledged a little later.
+        if self.full_since.is_some_and(|since| since.elapsed() > Duration::from_secs(1)) {
+            self.violations.push(format!("source {source}: acknowledged {position} while nothing could be stored"));
         }
         let sender = &mut self.senders[source];
         if position > sender.sent {

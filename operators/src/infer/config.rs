@@ -245,7 +245,7 @@ impl InferConfig {
             let place = format!("/keep/{at}");
             match columns::find(schema, name, &place) {
                 Ok(index) if kept.contains(&index) => {
-                    problems.push(Problem::new("duplicate-column", place, format!("the column '{name}' is kept twice")));
+                    problems.push(Problem::new("duplicate-column", place, format!("the column `{name}` is kept twice")));
                 }
                 Ok(index) => kept.push(index),
                 Err(problem) => problems.push(problem),

@@ -71,12 +71,14 @@ impl ModelServer {
 
     fn problem(&self, error: RepositoryError) -> Problem {
         match error {
-            RepositoryError::Unknown { name, looked, .. } => {
+            RepositoryError::Unknown { name, looked, place, .. } => {
                 let names = self.repository.names();
                 let known: Vec<&str> = names.iter().map(String::as_str).collect();
                 let help = columns::one_of(&name, &known, "models");
-                Problem::new("missing-model", "/model", format!("no model `{name}` in {looked}"))
-                    .help(format!("{help}; a model is a folder such as {name}/1/model.onnx"))
+                Problem::new("missing-model", "/model", format!("no model `{name}` in {looked}")).help(format!(
+                    "{help}; put its ONNX file at `{}`, or name the folder of your models with `--models`",
+                    place.display()
+                ))
             }
             RepositoryError::UnknownVersion { name, wanted, directory, found, .. } => Problem::new(
                 "missing-model",
@@ -124,7 +126,7 @@ mod tests {
         let problem = server().load("shutle", None).unwrap_err();
         assert_eq!((problem.code, problem.path.as_str()), ("missing-model", "/model"));
         assert!(problem.message.contains("shuttle-anomaly/models"), "{}", problem.message);
-        assert!(problem.help.unwrap().starts_with("did you mean 'shuttle'?"));
+        assert!(problem.help.unwrap().starts_with("did you mean `shuttle`?"));
         let problem = server().load("shuttle", Some(7)).unwrap_err();
         assert_eq!((problem.code, problem.path.as_str()), ("missing-model", "/version"));
         assert_eq!(problem.help.as_deref(), Some("found: 1"));

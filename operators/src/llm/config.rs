@@ -272,7 +272,7 @@ impl LlmConfig {
         for (field, place) in added.chain(std::iter::once(error)) {
             if fields.iter().any(|known| known.name() == field.name()) {
                 problems.push(
-                    Problem::new("duplicate-column", place, format!("there would be two columns '{}'", field.name()))
+                    Problem::new("duplicate-column", place, format!("there would be two columns `{}`", field.name()))
                         .help("give it another name, or leave the other out with `sql` first"),
                 );
             }

@@ -57,7 +57,7 @@ impl Prompt {
                 Ok(index) => indices.push(index),
                 Err(_) if functions.contains(variable.as_str()) => {}
                 Err(mut problem) => {
-                    problem.message = format!("the template of `{name}` uses '{variable}', which is no column");
+                    problem.message = format!("the template of `{name}` uses `{variable}`, which is no column");
                     problems.push(problem);
                 }
             }
@@ -126,8 +126,8 @@ mod tests {
         let problems = |template: &str| Prompt::new("note.txt", template.to_owned(), &records().schema()).err().unwrap();
         let found = problems("{{ devise }} {{ n }} {{ temperature.max }}");
         assert_eq!(found.len(), 2);
-        assert_eq!(found[0].message, "the template of `note.txt` uses 'devise', which is no column");
-        assert!(found[0].help.as_deref().unwrap().contains("did you mean 'device'?"));
+        assert_eq!(found[0].message, "the template of `note.txt` uses `devise`, which is no column");
+        assert!(found[0].help.as_deref().unwrap().contains("did you mean `device`?"));
         let broken = problems("line one\n{{ device ");
         assert_eq!(broken[0].code, "bad-template");
         assert!(broken[0].message.contains("in line 2"), "{}", broken[0].message);

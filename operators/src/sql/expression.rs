@@ -80,7 +80,7 @@ impl Condition {
 }
 
 fn alias_problem(alias: &Ident, text: &str, path: &str) -> Problem {
-    let told = format!("a condition has no name, and this one is called '{}'", alias.value);
+    let told = format!("a condition has no name, and this one is called `{}`", alias.value);
     let problem = Problem::new("invalid-sql", path, told).help("leave the name out");
     match place::byte_of(text, alias.span.start) {
         Some(at) => problem.at(at),
@@ -126,7 +126,7 @@ fn problem(error: &DataFusionError, text: &str, path: &str) -> Problem {
                 if known.iter().any(|known| known.to_lowercase() == *field.name()) {
                     help.push_str("; a name with capitals needs double quotes");
                 }
-                let told = format!("unknown column '{}'", field.flat_name());
+                let told = format!("unknown column `{}`", field.flat_name());
                 Problem::new("unknown-column", path, told).help(help)
             }
             other => invalid(&other.to_string(), path),

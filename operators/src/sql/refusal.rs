@@ -15,9 +15,9 @@ use super::place;
 
 const CODE: &str = "refused-sql";
 
-const ROW_WISE: &str = "sql sees one row at a time; what is over many rows is for a `window` stage ahead of it, or for \
+const ROW_WISE: &str = "`sql` sees one row at a time; what is over many rows is for a `window` stage ahead of it, or for \
                         the table that the results go to";
-const ONE_INPUT: &str = "sql takes one input: write FROM and one stage";
+const ONE_INPUT: &str = "`sql` takes one input: write FROM and one stage";
 const NO_ORDER: &str = "a stream has no end to be sorted or counted up to; do it when reading the results, with \
                         `afferent sql`";
 const TWO_STAGES: &str = "make a stage of the inner select, and name that stage in FROM";
@@ -225,15 +225,15 @@ impl Walk<'_> {
         let scalar = self.session.scalar_functions().get(&lower);
         let windowed = self.session.window_functions().contains_key(&lower);
         if function.over.is_some() || (windowed && scalar.is_none()) {
-            self.found.refuse(&format!("the window function {lower}"), ROW_WISE, at);
+            self.found.refuse(&format!("the window function `{lower}`"), ROW_WISE, at);
         } else if lower == "unnest" {
             let help = "it makes several rows of one; let `decode` read arrays of records as rows";
-            self.found.refuse("unnest", help, at);
+            self.found.refuse("`unnest`", help, at);
         } else if scalar.is_none() && self.session.aggregate_functions().contains_key(&lower) {
-            self.found.refuse(&format!("the aggregate function {lower}"), ROW_WISE, at);
+            self.found.refuse(&format!("the aggregate function `{lower}`"), ROW_WISE, at);
         } else if scalar.is_some_and(|f| f.signature().volatility == Volatility::Stable) {
-            let help = "time in a stream is in its columns: use the event time, or keep: [timestamp] at decode";
-            self.found.refuse(&format!("the clock ({lower})"), help, at);
+            let help = "time in a stream is in its columns: use the event time, or `keep: [timestamp]` at `decode`";
+            self.found.refuse(&format!("the clock (`{lower}`)"), help, at);
         }
     }
 }

@@ -40,7 +40,8 @@ impl OperatorConfig for SqlConfig {
     const EXAMPLE: &'static str = "sql: \"select device, p * 100 as percent from scored where p > 0.9\"";
 
     fn inputs(&self) -> Option<Vec<String>> {
-        let query = parse(&self.0).ok()?;
+        // Of a text that cannot be read nothing is named; `plan` says what is wrong with it.
+        let Ok(query) = parse(&self.0) else { return Some(Vec::new()) };
         let hidden: Vec<&str> =
             query.with.iter().flat_map(|with| &with.cte_tables).map(|cte| cte.alias.name.value.as_str()).collect();
         let mut names: Vec<String> = Vec::new();
@@ -51,7 +52,7 @@ impl OperatorConfig for SqlConfig {
             }
             std::ops::ControlFlow::Continue(())
         });
-        (!names.is_empty()).then_some(names)
+        Some(names)
     }
 
     fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
@@ -134,7 +135,7 @@ impl Select {
         let schema = schema.unwrap_or_else(|| input.schema.clone());
         if schema.fields().is_empty() {
             let told = "the select has no columns";
-            return Err(vec![Problem::new("invalid-sql", PATH, told).help("write * for all columns").at(0)]);
+            return Err(vec![Problem::new("invalid-sql", PATH, told).help("write `*` for all columns").at(0)]);
         }
         Ok(Self { steps, schema })
     }
@@ -190,7 +191,7 @@ fn table<'a>(query: &mut Query, inputs: &'a [Input], text: &str) -> std::result:
     let Some(input) = inputs.iter().find(|input| input.name == wanted) else {
         let known: Vec<&str> = inputs.iter().map(|input| input.name.as_str()).collect();
         let at = idents.first().and_then(|ident| place::byte_of(text, ident.span.start));
-        let problem = Problem::new("unknown-input", PATH, format!("no input is called '{wanted}'"))
+        let problem = Problem::new("unknown-input", PATH, format!("no input is called `{wanted}`"))
             .help(columns::one_of(&wanted, &known, "inputs"));
         return Err(vec![problem.at(at.unwrap_or(0))]);
     };
@@ -388,7 +389,7 @@ mod tests {
     fn unknown_names_have_a_place_and_a_suggestion() {
         let found = problems_of("select device,\n devcie as x from input");
         assert_eq!((found[0].code, found[0].offset), ("unknown-column", Some(16)));
-        assert!(found[0].help.as_ref().unwrap().contains("did you mean 'device'?"));
+        assert!(found[0].help.as_ref().unwrap().contains("did you mean `device`?"));
         let found = problems_of("select Big from input");
         assert!(found[0].help.as_ref().unwrap().contains("double quotes"), "{found:?}");
         let found = problems_of("select device from inptu");
@@ -406,8 +407,17 @@ mod tests {
         assert_eq!(inputs("select hot.x from routed.hot where x > 1"), Some(vec!["routed.hot".to_owned()]));
         let both = Some(vec!["a".to_owned(), "b".to_owned()]);
         assert_eq!(inputs("select 1 from a join b on true"), both);
-        assert_eq!(inputs("select 1"), None);
-        assert_eq!(inputs("select )"), None);
+        // Whatever the text is, it is the text that names the inputs: no other stage is meant.
+        assert_eq!(inputs("select 1"), Some(Vec::new()));
+        assert_eq!(inputs("select )"), Some(Vec::new()));
+    }
+
+    #[test]
+    fn what_names_no_input_is_told_without_one() {
+        let codes = |sql: &str| Select::plan(sql, &[]).unwrap_err().iter().map(|problem| problem.code).collect::<Vec<_>>();
+        assert_eq!(codes("select p,, q from input"), ["invalid-sql"]);
+        assert_eq!(codes("select 1 as one"), ["refused-sql"]);
+        assert_eq!(codes(""), ["refused-sql"]);
     }
 
     #[test]

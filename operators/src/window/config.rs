@@ -125,13 +125,13 @@ impl WindowConfig {
             match columns::find(input, name, &path) {
                 Err(problem) => problems.push(problem),
                 Ok(at) if found.contains(&at) => problems
-                    .push(Problem::new("duplicate-column", path, format!("column '{name}' is named twice")).help("name it once")),
+                    .push(Problem::new("duplicate-column", path, format!("column `{name}` is named twice")).help("name it once")),
                 Ok(at) => {
                     let data_type = input.field(at).data_type();
                     if RowConverter::supports_fields(&[SortField::new(data_type.clone())]) {
                         found.push(at);
                     } else {
-                        let told = format!("column '{name}' is {data_type}, which cannot be a key");
+                        let told = format!("column `{name}` is {data_type}, which cannot be a key");
                         problems.push(Problem::new("wrong-type", path, told));
                     }
                 }
@@ -154,7 +154,7 @@ impl WindowConfig {
             match self.column(text, input, held, &path) {
                 Err(problem) => problems.push(problem),
                 Ok((_, field)) if fields.iter().any(|known| known.name() == field.name()) => {
-                    let told = format!("two columns would be called '{}'", field.name());
+                    let told = format!("two columns would be called `{}`", field.name());
                     problems.push(Problem::new("duplicate-column", path, told).help("give one of them another name with `as`"));
                 }
                 Ok((column, field)) => {
@@ -180,9 +180,9 @@ impl WindowConfig {
             What::Key(column) => {
                 let at = columns::find(input, &column, path)?;
                 if !self.by.contains(&column) {
-                    let told = format!("column '{column}' is not in `by`, so a window has many values of it");
+                    let told = format!("column `{column}` is not in `by`, so a window has many values of it");
                     return Err(Problem::new("not-a-key", path, told)
-                        .help(format!("write last({column}) as {column}, or add it to `by`")));
+                        .help(format!("write `last({column}) as {column}`, or add it to `by`")));
                 }
                 let place = hold(held, at);
                 Ok((Column::Key(place), input.field(at).clone().with_name(name)))

@@ -75,21 +75,21 @@ impl Item {
         let parsed = parser.and_then(|mut parser| parser.parse_into_expr());
         let parsed = parsed.map_err(|error| {
             let told = problems(&error, text, "").pop().map_or(String::new(), |first| first.message);
-            mistake(format!("in '{text}': {told}"))
+            mistake(format!("in `{text}`: {told}"))
         })?;
         let alias = parsed.alias.map(|alias| alias.value);
         let (what, name) = match parsed.expr {
             Expr::Identifier(Ident { value, .. }) => (What::Key(value.clone()), value),
             Expr::Function(call) => function(call, text)?,
-            _ => return Err(mistake(format!("'{text}' is neither a key column nor a function of one column"))),
+            _ => return Err(mistake(format!("`{text}` is neither a key column nor a function of one column"))),
         };
         Ok(Self { name: alias.unwrap_or(name), what })
     }
 }
 
 fn mistake(told: String) -> Mistake {
-    let known: Vec<String> = FUNCTIONS.iter().map(|(name, _)| format!("{name}(column)")).collect();
-    let help = format!("an item is a column of `by`, count(*), or one of {}", known.join(", "));
+    let known: Vec<String> = FUNCTIONS.iter().map(|(name, _)| format!("`{name}(column)`")).collect();
+    let help = format!("an item is a column of `by`, `count(*)`, or one of {}", known.join(", "));
     Mistake { told, help }
 }
 
@@ -104,14 +104,14 @@ fn function(call: Call, text: &str) -> Result<(What, String), Mistake> {
     let args = match call.args {
         FunctionArguments::List(list) if plain && list.duplicate_treatment.is_none() && list.clauses.is_empty() => list.args,
         _ => {
-            return Err(mistake(format!("'{text}' has more to it than a function of one column")));
+            return Err(mistake(format!("`{text}` has more to it than a function of one column")));
         }
     };
     let lower = name.to_lowercase();
     let Some((known, function)) = FUNCTIONS.iter().find(|(known, _)| *known == lower) else {
         let names: Vec<&str> = FUNCTIONS.iter().map(|(name, _)| *name).collect();
         return Err(Mistake {
-            told: format!("unknown window function '{name}'"),
+            told: format!("unknown window function `{name}`"),
             help: columns::one_of(&lower, &names, "functions"),
         });
     };
@@ -124,7 +124,7 @@ fn function(call: Call, text: &str) -> Result<(What, String), Mistake> {
             Ok((What::Of(*function, column.value.clone()), name))
         }
         _ => {
-            let mut mistake = mistake(format!("'{name}' in '{text}' must be over one column"));
+            let mut mistake = mistake(format!("`{name}` in `{text}` must be over one column"));
             mistake.help = "compute what it should be over in a `sql` stage ahead".to_owned();
             Err(mistake)
         }
@@ -136,7 +136,7 @@ impl Function {
     pub(super) fn field(self, name: &str, column: &Field, size: Option<i32>) -> Result<Field, Mistake> {
         let of = column.data_type();
         let wrong = |wanted: &str| Mistake {
-            told: format!("{} is over {wanted}, and column '{}' is {of}", self.name(), column.name()),
+            told: format!("{} is over {wanted}, and column `{}` is {of}", self.name(), column.name()),
             help: "cast the column in a `sql` stage ahead, or leave the item out".to_owned(),
         };
         let field = match self {
@@ -220,7 +220,7 @@ mod tests {
             let mistake = Item::parse(text).unwrap_err();
             assert!(mistake.told.contains(told), "{text}: {mistake:?}");
         }
-        assert!(Item::parse("summ(ax)").unwrap_err().help.contains("did you mean 'sum'?"));
+        assert!(Item::parse("summ(ax)").unwrap_err().help.contains("did you mean `sum`?"));
     }
 
     #[test]
