@@ -115,7 +115,6 @@ async fn work(setup: &Setup) -> Result<()> {
     let mut batch: Vec<Publish> = Vec::with_capacity(MOST_ROWS);
     // Of an acknowledgement only the packet's id is needed, not its payload.
     let mut unacknowledged: Vec<Publish> = Vec::new();
-    let mut committing: Vec<Publish> = Vec::new();
     let mut commits: JoinSet<Result<()>> = JoinSet::new();
     let (mut published, mut dirty, mut due) = (0_u64, false, false);
     let mut timer = interval(COMMIT_EVERY);
@@ -149,9 +148,6 @@ async fn work(setup: &Setup) -> Result<()> {
             }
             Some(done) = commits.join_next(), if !commits.is_empty() => {
                 done.context("a commit ended abruptly")??;
-                for message in committing.drain(..) {
-                    subscriber.ack(&message).await.map_err(|error| anyhow!("acknowledging: {error}"))?;
-                }
             }
             _ = timer.tick() => due = true,
             Some(ended) = links.join_next() => {
@@ -160,8 +156,17 @@ async fn work(setup: &Setup) -> Result<()> {
             }
         }
         if commits.is_empty() && dirty && (due || unacknowledged.len() >= IN_FLIGHT / 2) {
-            std::mem::swap(&mut unacknowledged, &mut committing);
-            commits.spawn(commit(Arc::clone(&file), confirmed.clone(), published));
+            // In a task of its own: the client's channel is smaller than a broker's window may be, and only gets
+            // empty as long as this loop takes what arrives.
+            let (inputs, subscriber) = (std::mem::take(&mut unacknowledged), subscriber.clone());
+            let durable = commit(Arc::clone(&file), confirmed.clone(), published);
+            commits.spawn(async move {
+                durable.await?;
+                for message in inputs {
+                    subscriber.ack(&message).await.map_err(|error| anyhow!("acknowledging: {error}"))?;
+                }
+                Ok(())
+            });
             (dirty, due) = (false, false);
         }
     }
