@@ -27,6 +27,7 @@ pub fn start(format: LogFormat, writer: BoxMakeWriter) {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours(&std::io::stderr()));
     match format {
         LogFormat::Text => builder.with_target(false).init(),
-        LogFormat::Json => builder.json().init(),
+        // The list begins with the span of the stage, also where a library has entered spans of its own within.
+        LogFormat::Json => builder.json().with_current_span(false).with_span_list(true).init(),
     }
 }

@@ -283,6 +283,7 @@ impl SourceConfig for GenerateConfig {
             replay: Replay::Exact,
             bounded: rows.is_some(),
             in_flight: None,
+            moves: None,
             build: Arc::new(move |_: &BuildContext| -> Result<Box<dyn Source>> {
                 let (config, schema) = (plan.0.clone(), Arc::clone(&plan.1));
                 Ok(Box::new(Generate { config, schema, next: 0, anchor: None }))

@@ -119,77 +119,98 @@ impl Form {
     }
 }
 
-/// A table that grows: columns keep their widths until a wider value comes, which brings a new header.
+/// A table without an end: the columns of an input only ever grow, and the header comes again with every screen.
 struct Table {
     /// Names of the inputs; shown when there are several.
     names: Vec<String>,
     /// The input whose header is above the next row.
     shown: Option<usize>,
-    widths: Vec<usize>,
+    /// For each input the columns as wide as anything printed of them so far.
+    columns: Vec<Vec<Width>>,
     rows_since_header: usize,
+}
+
+/// How wide a column is, in characters.
+#[derive(Clone, Copy, Default)]
+struct Width {
+    /// All of a cell.
+    cell: usize,
+    /// Of a number the part behind the point, with it: points stand below each other.
+    fraction: usize,
 }
 
 impl Table {
     fn new(inputs: &[Input]) -> Self {
         let names = inputs.iter().map(|input| input.name.clone()).collect();
-        Self { names, shown: None, widths: Vec::new(), rows_since_header: 0 }
+        Self { names, shown: None, columns: vec![Vec::new(); inputs.len()], rows_since_header: 0 }
     }
 
     fn print(&mut self, input: usize, batch: &RecordBatch, text: &mut Vec<u8>) -> std::result::Result<(), ArrowError> {
         let options = FormatOptions::default().with_display_error(true).with_null("null");
         let schema = batch.schema();
+        let widths = self.columns.get_mut(input);
+        let widths = widths.ok_or_else(|| ArrowError::InvalidArgumentError(format!("there is no input number {input}")))?;
+        widths.resize(batch.num_columns(), Width::default());
         let mut columns: Vec<Vec<String>> = Vec::with_capacity(batch.num_columns());
-        for (field, array) in schema.fields().iter().zip(batch.columns()) {
+        for ((field, array), width) in schema.fields().iter().zip(batch.columns()).zip(&mut *widths) {
             let formatter = ArrayFormatter::try_new(array.as_ref(), &options)?;
-            let cells = (0..batch.num_rows()).map(|row| cell(&formatter.value(row).to_string()));
-            columns.push(std::iter::once(cell(field.name())).chain(cells).collect());
+            let mut cells: Vec<String> = (0..batch.num_rows()).map(|row| cell(&formatter.value(row).to_string())).collect();
+            if field.data_type().is_floating() {
+                width.fraction = cells.iter().map(|cell| fraction(cell)).max().unwrap_or(0).max(width.fraction);
+                for cell in &mut cells {
+                    let missing = width.fraction - fraction(cell);
+                    cell.push_str(&" ".repeat(missing));
+                }
+            }
+            cells.insert(0, cell(field.name()));
+            let widest = cells.iter().map(|cell| cell.chars().count()).max().unwrap_or(0);
+            width.cell = width.cell.max(widest);
+            columns.push(cells);
         }
-        let needed: Vec<usize> =
-            columns.iter().map(|cells| cells.iter().map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
         if self.shown != Some(input) {
-            self.widths = needed;
             self.shown = Some(input);
             self.rows_since_header = ROWS_PER_HEADER;
-        } else if self.widths.iter().zip(&needed).any(|(width, needed)| needed > width) {
-            self.widths = self.widths.iter().zip(&needed).map(|(width, needed)| *width.max(needed)).collect();
-            self.rows_since_header = ROWS_PER_HEADER;
         }
-        let right: Vec<bool> = schema.fields().iter().map(|field| field.data_type().is_numeric()).collect();
+        let numeric = schema.fields().iter().map(|field| field.data_type().is_numeric());
+        let layout: Vec<(usize, bool)> = widths.iter().map(|width| width.cell).zip(numeric).collect();
+        let name = self.names.get(input).filter(|_| self.names.len() > 1);
         for row in 1..=batch.num_rows() {
             if self.rows_since_header >= ROWS_PER_HEADER {
-                self.header(input, &columns, &right, text);
+                if let Some(name) = name {
+                    text.extend_from_slice(format!("\n{name}\n").as_bytes());
+                }
+                line(columns.iter().map(|cells| cells[0].as_str()), &layout, text);
+                let rules: Vec<String> = layout.iter().map(|(width, _)| "-".repeat(*width)).collect();
+                line(rules.iter().map(String::as_str), &layout, text);
+                self.rows_since_header = 0;
             }
-            self.line(columns.iter().map(|cells| cells[row].as_str()), &right, text);
+            line(columns.iter().map(|cells| cells[row].as_str()), &layout, text);
             self.rows_since_header += 1;
         }
         Ok(())
     }
+}
 
-    fn header(&mut self, input: usize, columns: &[Vec<String>], right: &[bool], text: &mut Vec<u8>) {
-        if let (true, Some(name)) = (self.names.len() > 1, self.names.get(input)) {
-            text.extend_from_slice(format!("\n{name}\n").as_bytes());
-        }
-        self.line(columns.iter().map(|cells| cells[0].as_str()), right, text);
-        let rules: Vec<String> = self.widths.iter().map(|width| "-".repeat(*width)).collect();
-        self.line(rules.iter().map(String::as_str), right, text);
-        self.rows_since_header = 0;
-    }
+/// Characters of a number from its point on; an exponent counts.
+fn fraction(number: &str) -> usize {
+    number.find('.').map_or(0, |point| number[point..].chars().count())
+}
 
-    fn line<'a>(&self, cells: impl Iterator<Item = &'a str>, right: &[bool], text: &mut Vec<u8>) {
-        let mut line = String::new();
-        for ((cell, width), right) in cells.zip(&self.widths).zip(right) {
-            let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
-            let (before, after) = if *right { (padding.as_str(), "") } else { ("", padding.as_str()) };
-            if !line.is_empty() {
-                line.push_str("  ");
-            }
-            line.push_str(before);
-            line.push_str(cell);
-            line.push_str(after);
+/// Prints cells, each padded to its width and aligned at the right where that is said.
+fn line<'a>(cells: impl Iterator<Item = &'a str>, layout: &[(usize, bool)], text: &mut Vec<u8>) {
+    let mut line = String::new();
+    for (number, (cell, (width, right))) in cells.zip(layout).enumerate() {
+        let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
+        let (before, after) = if *right { (padding.as_str(), "") } else { ("", padding.as_str()) };
+        if number > 0 {
+            line.push_str("  ");
         }
-        text.extend_from_slice(line.trim_end().as_bytes());
-        text.push(b'\n');
+        line.push_str(before);
+        line.push_str(cell);
+        line.push_str(after);
     }
+    text.extend_from_slice(line.trim_end().as_bytes());
+    text.push(b'\n');
 }
 
 /// A value on one line, cut to a bearable width. What a sensor sends must not steer the terminal of who looks at it.
@@ -283,15 +304,37 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_aligned_and_the_header_comes_again_when_they_grow() {
+    fn columns_are_aligned_across_batches_and_only_a_new_screen_brings_a_header() {
         let mut growing = Table::new(&inputs(&["a"]));
         let text = table(&mut growing, 0, &[Some("pump"), None]);
         assert_eq!(text, "device  value\n------  -----\npump      0.0\nnull     10.5\n");
         assert_eq!(table(&mut growing, 0, &[Some("fan")]), "fan       0.0\n");
-        let text = table(&mut growing, 0, &[Some("compressor")]);
-        assert_eq!(text, "device      value\n----------  -----\ncompressor    0.0\n");
+        assert_eq!(table(&mut growing, 0, &[Some("compressor")]), "compressor    0.0\n", "growth brings no header");
+        assert_eq!(table(&mut growing, 0, &[Some("fan")]), "fan           0.0\n", "and what has grown stays");
         let many = table(&mut growing, 0, &[Some("x"); 100]);
-        assert_eq!(many.matches("device").count(), 3, "one header for every screen");
+        assert_eq!(many.matches("device").count(), 2, "one header for every screen: after 35 rows and after 75");
+        assert!(many.contains("device       value\n----------  ------\n"), "it has the widths of now: {many}");
+    }
+
+    #[test]
+    fn points_of_floats_stand_below_each_other_whatever_came_before() {
+        let mut points = Table::new(&inputs(&["a"]));
+        let print = |points: &mut Table, values: &[f64]| {
+            let values = Arc::new(Float64Array::from(values.to_vec())) as ArrayRef;
+            let mut text = Vec::new();
+            points.print(0, &RecordBatch::try_from_iter([("v", values)]).unwrap(), &mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        assert_eq!(print(&mut points, &[1.25, -20.5, f64::NAN]), "     v\n------\n  1.25\n-20.5\nNaN\n");
+        assert_eq!(print(&mut points, &[7.0]), "  7.0\n", "a later batch keeps the place of the point");
+    }
+
+    #[test]
+    fn each_input_keeps_its_widths() {
+        let mut both = Table::new(&inputs(&["a", "b"]));
+        table(&mut both, 0, &[Some("compressor")]);
+        assert!(table(&mut both, 1, &[Some("x")]).ends_with("\nx         0.0\n"));
+        assert!(table(&mut both, 0, &[Some("x")]).ends_with("\nx             0.0\n"));
     }
 
     #[test]

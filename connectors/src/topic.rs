@@ -244,22 +244,24 @@ enum Part {
 }
 
 impl Template {
+    /// What is wrong with a template whatever the columns are: no topic may have wildcards, or be empty.
+    pub fn check(text: &str, path: &str) -> Option<Problem> {
+        (text.is_empty() || text.contains(['+', '#', '\0'])).then(|| {
+            Problem::new(
+                "topic-template",
+                path,
+                format!("`{}` is not a topic that can be published to", text.replace('\0', "\\0")),
+            )
+            .help("a topic has no `+` or `#`; write `{column}` for what differs from row to row")
+        })
+    }
+
     /// Reads a template against the schema of the rows; `path` is its JSON pointer.
     ///
     /// # Errors
     /// Every problem: wildcards, braces that do not close, unknown columns, columns that have no place in a topic.
     pub fn parse(text: &str, schema: &SchemaRef, path: &str) -> std::result::Result<Self, Vec<Problem>> {
-        let mut problems = Vec::new();
-        if text.is_empty() || text.contains(['+', '#', '\0']) {
-            problems.push(
-                Problem::new(
-                    "topic-template",
-                    path,
-                    format!("`{}` is not a topic that can be published to", text.replace('\0', "\\0")),
-                )
-                .help("a topic has no `+` or `#`; write `{column}` for what differs from row to row"),
-            );
-        }
+        let mut problems = Vec::from_iter(Self::check(text, path));
         let mut parts = Vec::new();
         let mut rest = text;
         while let Some(start) = rest.find(['{', '}']) {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tracing::{Instrument, Span};
 
 use crate::checkpoint::{Checkpoints, Restored};
 use crate::component::{BuildContext, OperatorBuild};
@@ -77,6 +78,12 @@ impl Wiring {
     }
 }
 
+/// What every log line of a task bears. Of the highest level, so that it is there whichever level is logged; entered
+/// once for each poll of the task, never for a row.
+fn stage_span(pipeline: &str, stage: &str) -> Span {
+    tracing::error_span!("stage", %pipeline, %stage)
+}
+
 /// For every stage the first stage of the chain it runs in; a stage that is not fused stands for itself.
 ///
 /// A stage joins the chain of the one before when both are cheap synchronous operators of one instance and the edge
@@ -123,6 +130,7 @@ impl Assembly<'_> {
                 continue;
             }
             let metrics = self.metrics.stage(&graph.name, &node.name);
+            let span = stage_span(&graph.name, &node.name);
             match &node.role {
                 Role::Source(build) => {
                     let wiring = std::mem::take(&mut wirings[index]);
@@ -141,7 +149,7 @@ impl Assembly<'_> {
                         metrics,
                         context: self.context.clone(),
                     };
-                    ready.push((io.clone(), Box::pin(stage.run())));
+                    ready.push((io.clone(), Box::pin(stage.run().instrument(span))));
                 }
                 Role::Sink { build, .. } => {
                     let wiring = std::mem::take(&mut wirings[index]);
@@ -166,11 +174,13 @@ impl Assembly<'_> {
                         metrics,
                         context: self.context.clone(),
                     };
-                    ready.push((io.clone(), Box::pin(stage.run())));
+                    ready.push((io.clone(), Box::pin(stage.run().instrument(span))));
                 }
                 Role::Operator { build: OperatorBuild::Compute { .. }, parallelism: 1 } => {
                     let chain = self.chain(index, &heads, &mut wirings)?;
-                    ready.push((compute.clone(), Box::pin(chain.run())));
+                    let names: Vec<&str> = chain.links.iter().map(|link| link.name.as_str()).collect();
+                    let span = stage_span(&graph.name, &names.join("+"));
+                    ready.push((compute.clone(), Box::pin(chain.run().instrument(span))));
                 }
                 Role::Operator { build, parallelism } => {
                     let wiring = std::mem::take(&mut wirings[index]);
@@ -189,7 +199,7 @@ impl Assembly<'_> {
                         metrics,
                         context: self.context.clone(),
                     };
-                    ready.push((io.clone(), Box::pin(stage.run())));
+                    ready.push((io.clone(), Box::pin(stage.run().instrument(span))));
                 }
             }
         }

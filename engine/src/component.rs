@@ -156,6 +156,10 @@ pub struct SourcePlan {
     pub bounded: bool,
     /// A cap that the peer sets on unacknowledged messages, with its reason; for the rate warning of `check`.
     pub in_flight: Option<(u64, String)>,
+    /// Given where a part of what it reads may move to another process while it runs, which would leave half of what
+    /// an operator holds in either: what to write in its configuration so that it does not. Such a source is refused
+    /// in front of operators that hold rows.
+    pub moves: Option<String>,
     /// Makes it.
     pub build: Build<Box<dyn Source>>,
 }
@@ -229,6 +233,12 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + 'static {
     /// A stage as one would write it, in YAML; parsed and planned by a test.
     const EXAMPLE: &'static str;
 
+    /// What it emits, as far as the configuration says so although `plan` refuses it: what stands behind the source
+    /// is planned over that, so that all problems of a file are told at once.
+    fn declares(&self) -> Option<SchemaRef> {
+        None
+    }
+
     /// Checks what serde cannot, and plans.
     ///
     /// # Errors
@@ -250,6 +260,18 @@ pub trait OperatorConfig: DeserializeOwned + JsonSchema + Send + Sync + 'static 
         None
     }
 
+    /// What is wrong with it whatever arrives: addresses, names, files, the syntax of texts. Asked in place of `plan`
+    /// where the inputs are not known because of a fault further up; `plan` tells all of it too.
+    fn check(&self, _context: &PlanContext) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// What it emits over these inputs, as far as the configuration says so although `plan` refuses it: what stands
+    /// behind it is planned over that. Only what mending the faults will not change.
+    fn declares(&self, _inputs: &[Input]) -> Option<Vec<Output>> {
+        None
+    }
+
     /// Checks what serde cannot against the schemas that arrive, and plans.
     ///
     /// # Errors
@@ -263,6 +285,12 @@ pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + 'static {
     const NAME: &'static str;
     /// A stage as one would write it, in YAML.
     const EXAMPLE: &'static str;
+
+    /// What is wrong with it whatever arrives: addresses, names, files, the syntax of texts. Asked in place of `plan`
+    /// where the inputs are not known because of a fault further up; `plan` tells all of it too.
+    fn check(&self, _context: &PlanContext) -> Vec<Problem> {
+        Vec::new()
+    }
 
     /// Checks what serde cannot against the schemas that arrive, and plans.
     ///

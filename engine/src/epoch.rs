@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{Instrument, Span};
 
 use crate::checkpoint::{Checkpoints, Record};
 use crate::error::{Error, Result};
@@ -41,7 +42,10 @@ impl Blocking {
     ) -> Result<T> {
         let store = Arc::clone(store);
         let called = match (self, store.delay()) {
-            (Blocking::Pool, _) => tokio::task::spawn_blocking(move || work(&store)),
+            (Blocking::Pool, _) => {
+                let span = Span::current();
+                tokio::task::spawn_blocking(move || span.in_scope(|| work(&store)))
+            }
             (Blocking::Virtual, delay) if delay.is_zero() => return work(&store),
             (Blocking::Virtual, delay) => tokio::spawn(async move {
                 sleep(delay).await;
@@ -64,6 +68,8 @@ struct InFlight {
 
 /// The coordinator.
 pub(crate) struct Coordinator {
+    /// Name of the pipeline, for the log.
+    pub(crate) pipeline: String,
     pub(crate) store: Arc<Checkpoints>,
     pub(crate) blocking: Blocking,
     pub(crate) pace: Duration,
@@ -248,9 +254,15 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Every task has passed the oldest epoch: store it, then tell the stages.
+    /// Commits the oldest epoch, which every task has passed.
     async fn commit_first(&mut self) -> Result<()> {
         let Some(first) = self.state.in_flight.pop_front() else { return Ok(()) };
+        let span = tracing::debug_span!("epoch", pipeline = %self.pipeline, epoch = %first.epoch);
+        self.commit(first).instrument(span).await
+    }
+
+    /// Stores an epoch, then tells the stages.
+    async fn commit(&mut self, first: InFlight) -> Result<()> {
         let (epoch, record) = (first.epoch, first.record);
         let stored = move |store: &Checkpoints| store.store(epoch, &record).map(|()| record);
         let record = self.blocking.call(&self.store, stored).await?;
@@ -270,7 +282,7 @@ impl Coordinator {
         }
         self.metrics.epochs.inc();
         self.metrics.epoch_duration.observe(first.began.elapsed().as_secs_f64());
-        tracing::debug!(%epoch, duration_ms = first.began.elapsed().as_millis() as u64, "epoch committed");
+        tracing::debug!(duration_ms = first.began.elapsed().as_millis() as u64, "epoch committed");
         Ok(())
     }
 

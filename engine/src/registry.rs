@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use schemars::{Schema, generate::SchemaSettings};
 use serde_json::Value;
 
-use crate::component::{Input, OperatorConfig, OperatorPlan, PlanContext, SinkConfig, SinkPlan, SourceConfig, SourcePlan};
+use crate::component::{
+    Input, OperatorConfig, OperatorPlan, Output, PlanContext, Problem, SinkConfig, SinkPlan, SourceConfig, SourcePlan,
+};
 
 /// Why a configuration could not be planned.
 #[derive(Debug)]
@@ -19,13 +21,15 @@ pub enum PlanError {
         message: String,
     },
     /// It fits, and is wrong.
-    Problems(Vec<crate::component::Problem>),
+    Problems(Vec<Problem>),
 }
 
 type PlanSource = fn(&Value, &PlanContext) -> Result<SourcePlan, PlanError>;
 type PlanOperator = fn(&Value, &[Input], &PlanContext) -> Result<OperatorPlan, PlanError>;
 type PlanSink = fn(&Value, &[Input], &PlanContext) -> Result<SinkPlan, PlanError>;
+type Check = fn(&Value, &PlanContext) -> Result<(), PlanError>;
 type NamedInputs = fn(&Value) -> Option<Vec<String>>;
+type Declares = fn(&Value, &[Input]) -> Option<Vec<Output>>;
 
 /// One known component.
 pub struct Entry<P> {
@@ -37,6 +41,10 @@ pub struct Entry<P> {
     pub schema: Schema,
     /// Plans a configuration.
     pub plan: P,
+    /// Tells what is wrong with a configuration whatever arrives, where it cannot be planned for want of inputs.
+    pub check: Check,
+    /// What it emits although it cannot be planned, as far as that is known (of sources and operators).
+    pub declares: Declares,
     /// The inputs that the configuration itself names, if it does (operators only).
     pub named_inputs: NamedInputs,
 }
@@ -70,28 +78,45 @@ impl Registry {
     /// Makes a source known.
     pub fn source<C: SourceConfig>(&mut self) {
         let plan: PlanSource = |value, context| read::<C>(value)?.plan(context).map_err(PlanError::Problems);
-        self.sources.insert(
-            C::NAME,
-            Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None },
-        );
+        // It has no inputs to wait for.
+        let check: Check = |value, context| read::<C>(value)?.plan(context).map(drop).map_err(PlanError::Problems);
+        let declares: Declares = |value, _| {
+            let schema = read::<C>(value).ok()?.declares()?;
+            Some(vec![Output { name: String::new(), schema }])
+        };
+        self.sources.insert(C::NAME, entry::<C, _>(C::NAME, C::EXAMPLE, plan, check, declares, |_| None));
     }
 
     /// Makes an operator known.
     pub fn operator<C: OperatorConfig>(&mut self) {
         let plan: PlanOperator = |value, inputs, context| read::<C>(value)?.plan(inputs, context).map_err(PlanError::Problems);
+        let check: Check = |value, context| told(read::<C>(value)?.check(context));
+        let declares: Declares = |value, inputs| read::<C>(value).ok()?.declares(inputs);
         let named_inputs: NamedInputs = |value| read::<C>(value).ok()?.inputs();
-        self.operators
-            .insert(C::NAME, Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs });
+        self.operators.insert(C::NAME, entry::<C, _>(C::NAME, C::EXAMPLE, plan, check, declares, named_inputs));
     }
 
     /// Makes a sink known.
     pub fn sink<C: SinkConfig>(&mut self) {
         let plan: PlanSink = |value, inputs, context| read::<C>(value)?.plan(inputs, context).map_err(PlanError::Problems);
-        self.sinks.insert(
-            C::NAME,
-            Entry { name: C::NAME, example: C::EXAMPLE, schema: schema_of::<C>(), plan, named_inputs: |_| None },
-        );
+        let check: Check = |value, context| told(read::<C>(value)?.check(context));
+        self.sinks.insert(C::NAME, entry::<C, _>(C::NAME, C::EXAMPLE, plan, check, |_, _| None, |_| None));
     }
+}
+
+fn entry<C: schemars::JsonSchema, P>(
+    name: &'static str,
+    example: &'static str,
+    plan: P,
+    check: Check,
+    declares: Declares,
+    named_inputs: NamedInputs,
+) -> Entry<P> {
+    Entry { name, example, schema: schema_of::<C>(), plan, check, declares, named_inputs }
+}
+
+fn told(problems: Vec<Problem>) -> Result<(), PlanError> {
+    if problems.is_empty() { Ok(()) } else { Err(PlanError::Problems(problems)) }
 }
 
 fn read<C: serde::de::DeserializeOwned>(value: &Value) -> Result<C, PlanError> {

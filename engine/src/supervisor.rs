@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arrow::array::RecordBatch;
@@ -28,6 +29,10 @@ use crate::position::Epoch;
 use crate::rejected;
 use crate::sabotage::Planted;
 use crate::stage::{HELD_REJECTS, HELD_REJECTS_SIMULATED, Loop, Report, Stop};
+
+mod opening;
+
+pub use opening::Opening;
 
 /// Room for reports: stages wait when the coordinator is busy storing, and none is ever lost.
 const REPORTS: usize = 256;
@@ -55,6 +60,34 @@ pub trait DeadLetters: Send {
     /// # Errors
     /// `Retry`: the rows stay in the checkpoint store and are offered again.
     async fn append(&mut self, origin: &str, number: u64, rows: RecordBatch) -> Result<()>;
+}
+
+/// Passes dead letters on, and counts the rows that have arrived there.
+pub struct CountedDeadLetters {
+    table: Arc<Mutex<dyn DeadLetters>>,
+    rows: Arc<AtomicU64>,
+}
+
+impl CountedDeadLetters {
+    /// In front of `table`, with the counter: rows appended since.
+    pub fn new(table: Arc<Mutex<dyn DeadLetters>>) -> (Self, Arc<AtomicU64>) {
+        let rows: Arc<AtomicU64> = Arc::default();
+        (Self { table, rows: Arc::clone(&rows) }, rows)
+    }
+}
+
+#[async_trait]
+impl DeadLetters for CountedDeadLetters {
+    async fn newest(&mut self, origin: &str) -> Result<u64> {
+        self.table.lock().await.newest(origin).await
+    }
+
+    async fn append(&mut self, origin: &str, number: u64, rows: RecordBatch) -> Result<()> {
+        let count = rows.num_rows() as u64;
+        self.table.lock().await.append(origin, number, rows).await?;
+        self.rows.fetch_add(count, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// What to do about state that the pipeline, as it is now, cannot take over.
@@ -249,6 +282,7 @@ async fn attempt(graph: &Graph, options: &Options) -> Result<Ending> {
     let mut tasks = assembled.tasks;
     let rejects_stored = Arc::new(Notify::new());
     let coordinator = Coordinator {
+        pipeline: graph.name.clone(),
         store: Arc::clone(&options.store),
         blocking,
         pace: graph.pace(),
@@ -397,6 +431,7 @@ mod tests {
         let store = Arc::new(Checkpoints::with_backend(Disk::new().backend()).unwrap());
         store.store(Epoch::start(1), &record).unwrap();
         let threads: Arc<std::sync::Mutex<Vec<ThreadId>>> = Arc::default();
+        let (counted, count) = CountedDeadLetters::new(Arc::new(Mutex::new(Watched(Arc::clone(&threads)))));
         let graph = Graph { name: "p".into(), nodes: Vec::new(), commit_interval: None };
         let options = Options {
             store,
@@ -405,7 +440,7 @@ mod tests {
             runtimes: Runtimes::current(),
             drain: CancellationToken::new(),
             drain_limit: Duration::ZERO,
-            dead_letters: Some(Arc::new(Mutex::new(Watched(Arc::clone(&threads))))),
+            dead_letters: Some(Arc::new(Mutex::new(counted))),
             restore: Restore::Strict,
             seed: 0,
             planted: Planted::default(),
@@ -413,6 +448,7 @@ mod tests {
         };
         move_dead_letters(&graph, &options).await.unwrap();
         assert!(options.store.rejected(1).unwrap().is_empty());
+        assert_eq!(count.load(Ordering::Relaxed), 1);
         let threads = threads.lock().unwrap();
         assert_eq!(threads.len(), 1);
         threads[0] == thread::current().id()

@@ -15,7 +15,7 @@ use arrow::ipc::writer::StreamWriter;
 
 use crate::error::FormatError;
 use crate::fit::fit;
-use crate::payload::{Decoded, Limits, Policy, Rejected, bounded};
+use crate::payload::{Decoded, Fault, Limits, Policy, Reason, Rejected, bounded};
 use crate::rows::check_payload;
 
 /// Reads Arrow IPC streams into rows of a declared schema.
@@ -51,22 +51,24 @@ impl ArrowDecoder {
                         batches.push(batch);
                     }
                 }
-                Err(reason) => rejected.push(Rejected { payload, reason: bounded(reason) }),
+                Err(reason) => {
+                    rejected.push(Rejected { payload, fault: reason.fault, reason: bounded(reason.text) });
+                }
             }
         }
         Ok(Decoded { batch: concat_batches(&self.schema, &batches)?, origin, rejected })
     }
 
-    fn read(&self, payload: &[u8]) -> Result<Vec<RecordBatch>, String> {
+    fn read(&self, payload: &[u8]) -> Result<Vec<RecordBatch>, Reason> {
         // The copy is aligned, which a place within a batch of payloads is not.
         let buffer = Buffer::from(payload);
         check_framing(&buffer)?;
         // Arrow's reader slices buffers by offsets that the payload states and panics where they lie outside.
         let read = catch_unwind(AssertUnwindSafe(|| self.read_stream(buffer)));
-        read.unwrap_or_else(|_| Err("inconsistent arrow ipc stream".to_owned()))
+        read.unwrap_or_else(|_| Err(Reason::new(Fault::Malformed, "inconsistent arrow ipc stream")))
     }
 
-    fn read_stream(&self, mut buffer: Buffer) -> Result<Vec<RecordBatch>, String> {
+    fn read_stream(&self, mut buffer: Buffer) -> Result<Vec<RecordBatch>, Reason> {
         // No encoding needs less than a bit for a row; a null column of 2^60 rows would be free until it is cast.
         let most_rows = buffer.len().saturating_mul(8);
         let mut decoder = StreamDecoder::new();
@@ -74,14 +76,14 @@ impl ArrowDecoder {
         while let Some(batch) = decoder.decode(&mut buffer).map_err(|error| error.to_string())? {
             rows = rows.saturating_add(batch.num_rows());
             if rows > most_rows {
-                return Err(format!("{rows} rows in fewer bytes than they can take"));
+                return Err(format!("{rows} rows in fewer bytes than they can take").into());
             }
             batches.push(fit(&batch, &self.schema, self.policy)?);
         }
         decoder.finish().map_err(|error| error.to_string())?;
         match decoder.schema() {
             Some(_) => Ok(batches),
-            None => Err("no schema in the arrow ipc stream".to_owned()),
+            None => Err(Reason::new(Fault::Malformed, "no schema in the arrow ipc stream")),
         }
     }
 }
@@ -226,6 +228,7 @@ mod tests {
     fn other_columns_are_rejected_with_their_name() {
         let other = RecordBatch::try_from_iter([("s", batch(0).column(0).clone())]).unwrap();
         let decoded = decoder().decode(&BinaryArray::from_iter_values([stream(&[other])])).unwrap();
+        assert_eq!(decoded.rejected[0].fault.code(), "wrong_type");
         let reason = &decoded.rejected[0].reason;
         assert_eq!(reason, "column 's' is int64, declared as utf8");
     }

@@ -17,8 +17,8 @@ use arrow::datatypes::{DataType, FieldRef, TimeUnit};
 use arrow::error::ArrowError;
 use serde::de::DeserializeSeed;
 
-use crate::json_value::Slot;
-use crate::payload::Policy;
+use crate::json_value::{Noted, Slot};
+use crate::payload::{Fault, Policy, Reason};
 use crate::schema::type_name;
 
 /// A column under construction.
@@ -60,7 +60,7 @@ pub(crate) struct Bytes {
 impl Bytes {
     fn push(&mut self, value: &[u8]) -> Result<(), Refusal> {
         let end = i32::try_from(self.bytes.len() + value.len())
-            .map_err(|_| Refusal::Because("the batch holds more than 2 GiB of text in one column".into()))?;
+            .map_err(|_| because(Fault::OutOfRange, "the batch holds more than 2 GiB of text in one column"))?;
         self.bytes.extend_from_slice(value);
         self.offsets.push(end);
         Ok(())
@@ -80,7 +80,11 @@ pub(crate) enum Refusal {
     /// It is of the type and does not fit.
     Range,
     /// For the reason given.
-    Because(String),
+    Because(Reason),
+}
+
+fn because(fault: Fault, text: impl Into<String>) -> Refusal {
+    Refusal::Because(Reason::new(fault, text))
 }
 
 impl Column {
@@ -249,8 +253,7 @@ impl Column {
         match &mut self.values {
             Values::Utf8(bytes) => bytes.push(text.as_bytes())?,
             Values::Binary(bytes) => {
-                let decoded =
-                    from_hex(text).ok_or_else(|| Refusal::Because("expected pairs of hexadecimal digits".to_owned()))?;
+                let decoded = from_hex(text).ok_or_else(|| because(Fault::WrongType, "expected pairs of hexadecimal digits"))?;
                 bytes.push(&decoded)?;
             }
             Values::Date(values) => values.push(parse_date(text)?),
@@ -265,7 +268,7 @@ impl Column {
     ///
     /// # Errors
     /// The reason, without the column's name.
-    pub(crate) fn push_text(&mut self, text: &str, policy: Policy) -> Result<(), String> {
+    pub(crate) fn push_text(&mut self, text: &str, policy: Policy) -> Result<(), Reason> {
         let refused = match &self.values {
             Values::Boolean(_) if text.eq_ignore_ascii_case("true") => self.push_bool(true),
             Values::Boolean(_) if text.eq_ignore_ascii_case("false") => self.push_bool(false),
@@ -283,8 +286,11 @@ impl Column {
             },
             Values::List(..) | Values::FixedSizeList(..) | Values::Struct(_) => {
                 let mut json = serde_json::Deserializer::from_str(text);
-                let slot = Slot { column: &mut *self, policy };
-                slot.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| Refusal::Because(error.to_string()))
+                let noted = Noted::default();
+                let slot = Slot { column: &mut *self, policy, noted: &noted };
+                let read = slot.deserialize(&mut json).and_then(|()| json.end());
+                // A cell that is no JSON is a cell of another type; the record around it was well-formed.
+                read.map_err(|error| because(noted.fault().unwrap_or(Fault::WrongType), error.to_string()))
             }
             _ => match text.parse::<i128>() {
                 Ok(value) => self.push_integer(value),
@@ -292,8 +298,8 @@ impl Column {
             },
         };
         refused.map_err(|refusal| match refusal {
-            Refusal::Type => format!("expected {}, found '{text}'", self.type_name()),
-            Refusal::Range => format!("{text} is out of range for {}", self.type_name()),
+            Refusal::Type => Reason::new(Fault::WrongType, format!("expected {}, found '{text}'", self.type_name())),
+            Refusal::Range => Reason::new(Fault::OutOfRange, format!("{text} is out of range for {}", self.type_name())),
             Refusal::Because(reason) => reason,
         })
     }
@@ -392,7 +398,7 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
 fn parse_date(text: &str) -> Result<i32, Refusal> {
     // Arrow's parsers step through bytes; text beyond ASCII is no date and could be cut within a character.
     let days = text.is_ascii().then(|| Date32Type::parse(text)).flatten();
-    days.ok_or_else(|| Refusal::Because(format!("'{text}' is not an ISO 8601 date")))
+    days.ok_or_else(|| because(Fault::WrongType, format!("'{text}' is not an ISO 8601 date")))
 }
 
 /// A time without a zone is taken as UTC; digits finer than the unit are cut off.
@@ -408,7 +414,7 @@ fn parse_timestamp(text: &str, unit: TimeUnit) -> Result<i64, Refusal> {
         }
     };
     let time = text.is_ascii().then(parse).flatten();
-    time.ok_or_else(|| Refusal::Because(format!("'{text}' is not an ISO 8601 timestamp in range")))
+    time.ok_or_else(|| because(Fault::WrongType, format!("'{text}' is not an ISO 8601 timestamp in range")))
 }
 
 /// Whether text is a date such as 2024-02-29.

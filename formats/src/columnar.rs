@@ -101,7 +101,8 @@ impl ColumnsReader {
         batch_rows: usize,
     ) -> Result<Self, FormatError> {
         let schema = declared.unwrap_or_else(|| found.clone());
-        check(found, &schema, policy).map_err(|reason| FormatError::SchemaMismatch { path: path.to_owned(), reason })?;
+        check(found, &schema, policy)
+            .map_err(|reason| FormatError::SchemaMismatch { path: path.to_owned(), reason: reason.text })?;
         Ok(Self {
             path: path.to_owned(),
             batches,
@@ -130,7 +131,7 @@ impl ColumnsReader {
                 None => match self.batches.next() {
                     None => return Ok(None),
                     Some(batch) => fit(&batch?, &self.schema, self.policy)
-                        .map_err(|reason| FormatError::SchemaMismatch { path: self.path.clone(), reason })?,
+                        .map_err(|reason| FormatError::SchemaMismatch { path: self.path.clone(), reason: reason.text })?,
                 },
             };
             let rows = batch.num_rows();

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::FormatError;
-use crate::payload::{Decoded, Limits, Missing, Policy, Unknown};
+use crate::payload::{Decoded, Fault, Limits, Missing, Policy, Reason, Unknown};
 use crate::record::{Flaw, Record};
 use crate::rows::Rows;
 
@@ -67,7 +67,7 @@ impl RecordReader {
     }
 
     /// Takes the record that was split off last as the header of those that follow.
-    pub(crate) fn take_header(&mut self, rows: &Rows, policy: Policy) -> Result<(), String> {
+    pub(crate) fn take_header(&mut self, rows: &Rows, policy: Policy) -> Result<(), Reason> {
         let mut places = Vec::new();
         for (number, name) in self.record.cells().enumerate() {
             // Spreadsheets begin a file with a byte order mark.
@@ -75,17 +75,19 @@ impl RecordReader {
             let name = if number == 0 { name.trim_start_matches('\u{feff}') } else { name };
             let place = rows.position(name.trim());
             if place.is_some() && places.contains(&place) {
-                return Err(format!("the header names column '{name}' twice"));
+                return Err(format!("the header names column '{name}' twice").into());
             }
             if place.is_none() && policy.unknown == Unknown::Reject {
-                return Err(format!("the header names '{name}', which is not declared"));
+                let told = format!("the header names '{name}', which is not declared");
+                return Err(Reason::new(Fault::UnknownField, told));
             }
             places.push(place);
         }
         for (index, field) in rows.schema().fields().iter().enumerate() {
             let needed = policy.missing == Missing::Reject || !field.is_nullable();
             if needed && !places.contains(&Some(index)) {
-                return Err(format!("the header lacks column '{}'", field.name()));
+                let told = format!("the header lacks column '{}'", field.name());
+                return Err(Reason::new(Fault::MissingField, told));
             }
         }
         self.places = Some(places);
@@ -93,7 +95,7 @@ impl RecordReader {
     }
 
     /// Appends the record that was split off last.
-    pub(crate) fn push(&self, rows: &mut Rows) -> Result<(), String> {
+    pub(crate) fn push(&self, rows: &mut Rows) -> Result<(), Reason> {
         let columns = rows.schema().fields().len();
         let place = |cell: usize| match &self.places {
             Some(places) => places.get(cell).copied().flatten(),
@@ -149,7 +151,7 @@ impl CsvDecoder {
             let mut rest =
                 std::str::from_utf8(payload).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
             if rest.trim().is_empty() {
-                return Err("empty payload".to_owned());
+                return Err(Reason::new(Fault::Malformed, "empty payload"));
             }
             if *header {
                 rest = reader.split(rest).map_err(|flaw| flaw.reason())?;
@@ -315,6 +317,10 @@ mod tests {
         decoder.decode(&BinaryArray::from_iter_values(payloads)).unwrap()
     }
 
+    fn codes(decoded: &Decoded) -> Vec<&str> {
+        decoded.rejected.iter().map(|r| r.fault.code()).collect()
+    }
+
     fn reasons(decoded: &Decoded) -> Vec<&str> {
         decoded.rejected.iter().map(|r| r.reason.as_str()).collect()
     }
@@ -334,6 +340,8 @@ mod tests {
         let rejected: Vec<usize> = decoded.rejected.iter().map(|r| r.payload as usize).collect();
         let expected: Vec<usize> = (0..bad.len()).map(|index| 3 + index * 101).collect();
         assert_eq!(rejected, expected, "{:?}", reasons(&decoded));
+        let (no_csv, wrong, wide) = ("malformed", "wrong_type", "out_of_range");
+        assert_eq!(codes(&decoded), [no_csv, no_csv, wrong, wide, no_csv, no_csv, wide, wrong, no_csv]);
         for (row, origin) in decoded.origin.iter().enumerate() {
             let n = decoded.batch.column(0).as_primitive::<Int32Type>().value(row);
             assert_eq!(n as u32, *origin);
@@ -369,6 +377,7 @@ mod tests {
 
         let strict = Policy { missing: Missing::Reject, unknown: Unknown::Reject, ..Policy::default() };
         let decoded = decode(declared, WITH_HEADER, strict, &payloads[..2]);
+        assert_eq!(codes(&decoded), ["unknown_field", "missing_field"]);
         let reasons = reasons(&decoded);
         assert!(reasons[0].contains("'extra', which is not declared"), "{reasons:?}");
         assert!(reasons[1].contains("lacks column 'n'"), "{reasons:?}");
@@ -383,6 +392,9 @@ mod tests {
         let strict = Policy { missing: Missing::Reject, unknown: Unknown::Reject, ..Policy::default() };
         let held = decode(declared, CsvOptions::default(), strict, &payloads);
         assert_eq!(reasons(&held), ["missing field 's'", "cell 3 belongs to no declared column"]);
+        assert_eq!(codes(&held), ["missing_field", "unknown_field"]);
+        let nested = decode(r#"{"l":{"list":"int8"}}"#, CsvOptions::default(), Policy::default(), &["[300]", "[1"]);
+        assert_eq!(codes(&nested), ["out_of_range", "wrong_type"]);
         let required = decode(r#"{"n":"int32!"}"#, CsvOptions::default(), Policy::default(), &["\"\""]);
         assert_eq!(reasons(&required), ["field 'n': expected int32, found ''"]);
     }

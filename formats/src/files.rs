@@ -13,7 +13,7 @@ use crate::columnar::ColumnsReader;
 use crate::csv::CsvOptions;
 use crate::error::FormatError;
 use crate::lines::LinesReader;
-use crate::payload::Policy;
+use crate::payload::{Fault, Policy};
 
 /// The format of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -76,6 +76,8 @@ pub struct FileRows {
 pub struct RejectedRow {
     /// Its number, from 0.
     pub row: u64,
+    /// What kind of thing is wrong with it.
+    pub fault: Fault,
     /// Why.
     pub reason: String,
     /// The line without its end; of one over 16 MiB the first 64 KiB.

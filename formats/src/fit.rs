@@ -8,37 +8,40 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, St
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Fields, Float32Type, Schema, SchemaRef};
 
-use crate::payload::{Missing, Policy, Unknown};
+use crate::payload::{Fault, Missing, Policy, Reason, Unknown};
 use crate::schema::type_name;
 
 /// Whether batches of schema `from` can be had as batches of `to`; what depends on the values is left to [`fit`].
 ///
 /// # Errors
 /// Which column stands in the way, and why.
-pub(crate) fn check(from: &Schema, to: &Schema, policy: Policy) -> Result<(), String> {
+pub(crate) fn check(from: &Schema, to: &Schema, policy: Policy) -> Result<(), Reason> {
     check_fields(from.fields(), to.fields(), policy)
 }
 
-fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), String> {
+fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), Reason> {
     for field in to {
         match from.find(field.name()) {
             Some((_, found)) => match (found.data_type(), field.data_type()) {
                 (DataType::Struct(from), DataType::Struct(to)) => {
-                    check_fields(from, to, policy).map_err(|reason| format!("column '{}': {reason}", field.name()))?
+                    check_fields(from, to, policy).map_err(|reason| reason.within(format_args!("column '{}'", field.name())))?
                 }
                 (from, to) if from == to || holds(to, from) => {}
                 (from, to) => {
-                    return Err(format!("column '{}' is {}, declared as {}", field.name(), type_name(from), type_name(to)));
+                    let told = format!("column '{}' is {}, declared as {}", field.name(), type_name(from), type_name(to));
+                    return Err(Reason::new(Fault::WrongType, told));
                 }
             },
             None if !field.is_nullable() || policy.missing == Missing::Reject => {
-                return Err(format!("missing column '{}'", field.name()));
+                return Err(Reason::new(Fault::MissingField, format!("missing column '{}'", field.name())));
             }
             None => {}
         }
     }
     match from.iter().find(|found| to.find(found.name()).is_none()) {
-        Some(extra) if policy.unknown == Unknown::Reject => Err(format!("column '{}' is not declared", extra.name())),
+        Some(extra) if policy.unknown == Unknown::Reject => {
+            Err(Reason::new(Fault::UnknownField, format!("column '{}' is not declared", extra.name())))
+        }
         _ => Ok(()),
     }
 }
@@ -47,7 +50,7 @@ fn check_fields(from: &Fields, to: &Fields, policy: Policy) -> Result<(), String
 ///
 /// # Errors
 /// Which column stands in the way, and why.
-pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Result<RecordBatch, String> {
+pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Result<RecordBatch, Reason> {
     let found = batch.schema();
     check(&found, schema, policy)?;
     let column = |field: &Arc<Field>| match batch.column_by_name(field.name()) {
@@ -56,10 +59,12 @@ pub(crate) fn fit(batch: &RecordBatch, schema: &SchemaRef, policy: Policy) -> Re
     };
     let columns = schema.fields().iter().map(column).collect::<Result<_, _>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    RecordBatch::try_new_with_options(schema.clone(), columns, &options).map_err(|error| error.to_string())
+    // The types are right by now: all that can still be refused is a null in a required column.
+    RecordBatch::try_new_with_options(schema.clone(), columns, &options)
+        .map_err(|error| Reason::new(Fault::MissingField, error.to_string()))
 }
 
-fn fit_array(array: &ArrayRef, field: &Field) -> Result<ArrayRef, String> {
+fn fit_array(array: &ArrayRef, field: &Field) -> Result<ArrayRef, Reason> {
     let fitted: ArrayRef = match (array.data_type(), field.data_type()) {
         (from, to) if from == to => array.clone(),
         (DataType::Struct(_), DataType::Struct(fields)) => {
@@ -72,14 +77,16 @@ fn fit_array(array: &ArrayRef, field: &Field) -> Result<ArrayRef, String> {
             let nulls = from.nulls().cloned();
             Arc::new(
                 StructArray::try_new(fields.clone(), children, nulls)
-                    .map_err(|error| format!("column '{}': {error}", field.name()))?,
+                    .map_err(|error| Reason::new(Fault::MissingField, format!("column '{}': {error}", field.name())))?,
             )
         }
         (_, to) => {
             let options = CastOptions { safe: false, ..CastOptions::default() };
-            let cast = cast_with_options(array, to, &options).map_err(|error| format!("column '{}': {error}", field.name()))?;
+            let out_of_range = |told: String| Reason::new(Fault::OutOfRange, told);
+            let cast = cast_with_options(array, to, &options)
+                .map_err(|error| out_of_range(format!("column '{}': {error}", field.name())))?;
             if *to == DataType::Float32 && overflowed(array, &cast) {
-                return Err(format!("column '{}': a value is out of range for float32", field.name()));
+                return Err(out_of_range(format!("column '{}': a value is out of range for float32", field.name())));
             }
             cast
         }
@@ -159,20 +166,21 @@ mod tests {
 
     #[test]
     fn refuses_what_would_bend_a_value() {
-        for (declared, reason) in [
-            (r#"{"i":"int8"}"#, "column 'i'"),
-            (r#"{"f":"int64"}"#, "column 'f' is float64, declared as int64"),
-            (r#"{"f":"float32"}"#, "out of range for float32"),
-            (r#"{"s":"int64"}"#, "declared as int64"),
-            (r#"{"i":"utf8"}"#, "declared as utf8"),
-            (r#"{"gone":"int8!"}"#, "missing column 'gone'"),
-            (r#"{"p":{"struct":{"x":"utf8"}}}"#, "column 'p': column 'x' is int64"),
+        use Fault::*;
+        for (declared, fault, reason) in [
+            (r#"{"i":"int8"}"#, OutOfRange, "column 'i'"),
+            (r#"{"f":"int64"}"#, WrongType, "column 'f' is float64, declared as int64"),
+            (r#"{"f":"float32"}"#, OutOfRange, "out of range for float32"),
+            (r#"{"s":"int64"}"#, WrongType, "declared as int64"),
+            (r#"{"i":"utf8"}"#, WrongType, "declared as utf8"),
+            (r#"{"gone":"int8!"}"#, MissingField, "missing column 'gone'"),
+            (r#"{"p":{"struct":{"x":"utf8"}}}"#, WrongType, "column 'p': column 'x' is int64"),
         ] {
             let error = fit(&batch(), &schema(declared), Policy::default()).unwrap_err();
-            assert!(error.contains(reason), "{declared}: {error}");
+            assert!(error.fault == fault && error.text.contains(reason), "{declared}: {error:?}");
         }
         let strict = Policy { unknown: Unknown::Reject, ..Policy::default() };
         let error = fit(&batch(), &schema(r#"{"i":"int64"}"#), strict).unwrap_err();
-        assert!(error.contains("column 'f' is not declared"), "{error}");
+        assert_eq!(error, Reason::new(UnknownField, "column 'f' is not declared"));
     }
 }

@@ -13,8 +13,8 @@ use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use crate::error::FormatError;
-use crate::json_value::wrong_type;
-use crate::payload::{Decoded, Limits, Policy};
+use crate::json_value::Noted;
+use crate::payload::{Decoded, Fault, Limits, Policy, Reason};
 use crate::rows::Rows;
 
 /// Reads JSON messages into rows of a declared schema.
@@ -57,24 +57,30 @@ pub(crate) enum Shape {
 }
 
 /// Appends the rows of one JSON text. After an error `rows` must be cut back to where it was.
-pub(crate) fn push_json(rows: &mut Rows, payload: &[u8], depth: usize, shape: Shape) -> Result<(), String> {
+pub(crate) fn push_json(rows: &mut Rows, payload: &[u8], depth: usize, shape: Shape) -> Result<(), Reason> {
     if payload.trim_ascii().is_empty() {
-        return Err("empty payload".to_owned());
+        return Err(Reason::new(Fault::Malformed, "empty payload"));
     }
     let text =
         std::str::from_utf8(payload).map_err(|error| format!("not JSON: invalid UTF-8 at byte {}", error.valid_up_to()))?;
     check_depth(payload, depth)?;
     let mut json = serde_json::Deserializer::from_str(text);
-    Records { rows, shape }.deserialize(&mut json).and_then(|()| json.end()).map_err(|error| reason(text, &error))
+    let noted = Noted::default();
+    let read = Records { rows, shape, noted: &noted }.deserialize(&mut json).and_then(|()| json.end());
+    read.map_err(|error| reason(text, &error, &noted))
 }
 
 /// Why a text gives no row. Whether it is JSON at all is asked once more, without columns: a fault of syntax within
 /// a field comes wrapped in the field's name and reads like one of the value.
-fn reason(text: &str, error: &serde_json::Error) -> String {
-    match serde_json::from_str::<IgnoredAny>(text) {
-        Err(syntax) => format!("not JSON: {syntax}"),
-        Ok(IgnoredAny) => error.to_string(),
+fn reason(text: &str, error: &serde_json::Error, noted: &Noted) -> Reason {
+    if let Err(syntax) = serde_json::from_str::<IgnoredAny>(text) {
+        return format!("not JSON: {syntax}").into();
     }
+    let told = error.to_string();
+    // What the parser finds by itself in well-formed text is half a character in `\u` notation, or a number that is
+    // beyond all floats: its kind is not to be had otherwise once it is wrapped in the name of a field.
+    let beyond = || if told.contains("number out of range") { Fault::OutOfRange } else { Fault::Malformed };
+    Reason::new(noted.fault().unwrap_or_else(beyond), told)
 }
 
 /// Refuses nesting beyond `limit` before anything follows it.
@@ -117,6 +123,7 @@ impl fmt::Display for Shape {
 struct Records<'a> {
     rows: &'a mut Rows,
     shape: Shape,
+    noted: &'a Noted,
 }
 
 impl<'de> DeserializeSeed<'de> for Records<'_> {
@@ -135,39 +142,39 @@ impl<'de> Visitor<'de> for Records<'_> {
     }
 
     fn visit_bool<E: Error>(self, value: bool) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Bool(value)))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Bool(value)))
     }
 
     fn visit_i64<E: Error>(self, value: i64) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Signed(value)))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Signed(value)))
     }
 
     fn visit_u64<E: Error>(self, value: u64) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Unsigned(value)))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Unsigned(value)))
     }
 
     fn visit_f64<E: Error>(self, value: f64) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Float(value)))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Float(value)))
     }
 
     fn visit_str<E: Error>(self, value: &str) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Str(value)))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Str(value)))
     }
 
     fn visit_unit<E: Error>(self) -> Result<(), E> {
-        Err(wrong_type(self.shape, Unexpected::Unit))
+        Err(self.noted.wrong_type(self.shape, Unexpected::Unit))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
-        self.rows.push_object(map)
+        self.rows.push_object(map, self.noted)
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
         if self.shape == Shape::Object {
-            return Err(wrong_type(self.shape, Unexpected::Seq));
+            return Err(self.noted.wrong_type(self.shape, Unexpected::Seq));
         }
         loop {
-            let item = Records { rows: &mut *self.rows, shape: Shape::Object };
+            let item = Records { rows: &mut *self.rows, shape: Shape::Object, noted: self.noted };
             if seq.next_element_seed(item)?.is_none() {
                 return Ok(());
             }
@@ -207,7 +214,7 @@ mod tests {
     fn reason(declared: &str, payload: &str) -> String {
         let decoded = decode(declared, &[payload]);
         assert_eq!(decoded.batch.num_rows(), 0, "{payload} was taken");
-        let [Rejected { payload: 0, reason }] = decoded.rejected.as_slice() else {
+        let [Rejected { payload: 0, reason, .. }] = decoded.rejected.as_slice() else {
             panic!("{payload}: {:?}", decoded.rejected);
         };
         reason.clone()
@@ -264,6 +271,43 @@ mod tests {
             assert_eq!(s, format!("row {n}"));
             let f = decoded.batch.column(2).as_primitive::<Float32Type>().value(row);
             assert_eq!(f, n as f32 + 0.5);
+        }
+    }
+
+    #[test]
+    fn every_kind_of_fault_has_its_code() {
+        let declared = schema(
+            r#"{"n":"int32!","f":"float64","t":"timestamp_ms","v":{"fixed_size_list":{"item":"int8","size":1}},
+                "p":{"struct":{"x":"int8!"}}}"#,
+        );
+        let strict = Policy { unknown: Unknown::Reject, ..Policy::default() };
+        for (payload, code) in [
+            ("", "malformed"),
+            ("{\"n\":", "malformed"),
+            ("{\"n\":x}", "malformed"),
+            (r#"{"n":1}{}"#, "malformed"),
+            (r#"{"n":"a","f":}"#, "malformed"),
+            (r#"{"n":1,"n":1}"#, "malformed"),
+            (r#"{"f":1}"#, "missing_field"),
+            (r#"{"n":null}"#, "missing_field"),
+            (r#"{"n":1,"p":{}}"#, "missing_field"),
+            (r#"{"n":1,"z":1}"#, "unknown_field"),
+            (r#"{"n":1,"p":{"x":1,"z":1}}"#, "unknown_field"),
+            (r#"{"n":"unknown field"}"#, "wrong_type"),
+            (r#"{"n":1.5}"#, "wrong_type"),
+            (r#"{"n":1,"t":"yesterday"}"#, "wrong_type"),
+            (r#"{"n":1,"v":[1,2]}"#, "wrong_type"),
+            (r#"{"n":1,"v":[]}"#, "wrong_type"),
+            ("7", "wrong_type"),
+            ("[[]]", "wrong_type"),
+            (r#"{"n":3000000000}"#, "out_of_range"),
+            (r#"{"n":1,"v":[300]}"#, "out_of_range"),
+            (r#"{"n":1,"f":1e999}"#, "out_of_range"),
+        ] {
+            let decoded = decode_with(&declared, strict, &[payload.as_bytes()]);
+            assert_eq!(decoded.rejected.len(), 1, "{payload} was taken");
+            let rejected = &decoded.rejected[0];
+            assert_eq!(rejected.fault.code(), code, "{payload}: {}", rejected.reason);
         }
     }
 

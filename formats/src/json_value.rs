@@ -2,21 +2,40 @@
 //! nested values written as text. A value that does not fit its column is an error that names the field; what it left
 //! behind is cut off by whoever asked.
 
+use std::cell::Cell;
 use std::fmt;
 
 use serde::Deserializer;
 use serde::de::{self, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use crate::column::{Column, Refusal, Values};
-use crate::payload::{Missing, Policy, Unknown};
+use crate::payload::{Fault, Missing, Policy, Reason, Unknown};
 
-/// A value of another kind than `expected`, in the words of every codec: `expected int32, found ...`.
-pub(crate) fn wrong_type<E: de::Error>(expected: impl fmt::Display, found: Unexpected<'_>) -> E {
-    match found {
-        Unexpected::Seq => E::custom(format_args!("expected {expected}, found a list")),
-        Unexpected::Map => E::custom(format_args!("expected {expected}, found an object")),
-        Unexpected::Unit => E::custom(format_args!("expected {expected}, found null")),
-        found => E::custom(format_args!("expected {expected}, found {found}")),
+/// The fault that ended the reading of a value: an error of serde carries nothing but words.
+#[derive(Default)]
+pub(crate) struct Noted(Cell<Option<Fault>>);
+
+impl Noted {
+    /// The fault, unless the parser itself found it.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        self.0.get()
+    }
+
+    /// An error, whose fault is noted.
+    fn error<E: de::Error>(&self, fault: Fault, told: impl fmt::Display) -> E {
+        self.0.set(Some(fault));
+        E::custom(told)
+    }
+
+    /// A value of another kind than `expected`, in the words of every codec: `expected int32, found ...`.
+    pub(crate) fn wrong_type<E: de::Error>(&self, expected: impl fmt::Display, found: Unexpected<'_>) -> E {
+        let fault = Fault::WrongType;
+        match found {
+            Unexpected::Seq => self.error(fault, format_args!("expected {expected}, found a list")),
+            Unexpected::Map => self.error(fault, format_args!("expected {expected}, found an object")),
+            Unexpected::Unit => self.error(fault, format_args!("expected {expected}, found null")),
+            found => self.error(fault, format_args!("expected {expected}, found {found}")),
+        }
     }
 }
 
@@ -24,14 +43,17 @@ pub(crate) fn wrong_type<E: de::Error>(expected: impl fmt::Display, found: Unexp
 pub(crate) struct Slot<'a> {
     pub(crate) column: &'a mut Column,
     pub(crate) policy: Policy,
+    pub(crate) noted: &'a Noted,
 }
 
 impl Slot<'_> {
     fn check<E: de::Error>(&self, outcome: Result<(), Refusal>, found: Unexpected<'_>) -> Result<(), E> {
         outcome.map_err(|refusal| match refusal {
-            Refusal::Type => wrong_type(self.column.type_name(), found),
-            Refusal::Range => E::custom(format_args!("{found} is out of range for {}", self.column.type_name())),
-            Refusal::Because(reason) => E::custom(reason),
+            Refusal::Type => self.noted.wrong_type(self.column.type_name(), found),
+            Refusal::Range => {
+                self.noted.error(Fault::OutOfRange, format_args!("{found} is out of range for {}", self.column.type_name()))
+            }
+            Refusal::Because(reason) => self.noted.error(reason.fault, reason.text),
         })
     }
 }
@@ -78,34 +100,34 @@ impl<'de> Visitor<'de> for Slot<'_> {
 
     fn visit_unit<E: de::Error>(self) -> Result<(), E> {
         if self.column.is_required() {
-            return Err(E::custom("null in a required field"));
+            return Err(self.noted.error(Fault::MissingField, "null in a required field"));
         }
         self.column.push_null();
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        let Slot { column, policy } = self;
+        let Slot { column, policy, noted } = self;
         match column.values_mut() {
             Values::List(offsets, item) => {
-                while seq.next_element_seed(Slot { column: &mut *item, policy })?.is_some() {}
+                while seq.next_element_seed(Slot { column: &mut *item, policy, noted })?.is_some() {}
                 let end = i32::try_from(item.len());
-                offsets.push(end.map_err(|_| A::Error::custom("the batch holds 2^31 list items"))?);
+                offsets.push(end.map_err(|_| noted.error::<A::Error>(Fault::OutOfRange, "the batch holds 2^31 list items"))?);
             }
             Values::FixedSizeList(size, item) => {
                 let start = item.len();
-                while seq.next_element_seed(Slot { column: &mut *item, policy })?.is_some() {
+                while seq.next_element_seed(Slot { column: &mut *item, policy, noted })?.is_some() {
                     if item.len() - start > *size {
-                        return Err(A::Error::custom(format_args!("more than {size} items")));
+                        return Err(noted.error(Fault::WrongType, format_args!("more than {size} items")));
                     }
                 }
                 let found = item.len() - start;
                 if found != *size {
-                    return Err(A::Error::custom(format_args!("{found} items instead of {size}")));
+                    return Err(noted.error(Fault::WrongType, format_args!("{found} items instead of {size}")));
                 }
             }
             _ => {
-                return Err(wrong_type(column.type_name(), Unexpected::Seq));
+                return Err(noted.wrong_type(column.type_name(), Unexpected::Seq));
             }
         }
         column.complete();
@@ -113,12 +135,12 @@ impl<'de> Visitor<'de> for Slot<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
-        let Slot { column, policy } = self;
+        let Slot { column, policy, noted } = self;
         let row = column.len();
         match column.values_mut() {
-            Values::Struct(fields) => read_fields(fields, row, policy, map)?,
+            Values::Struct(fields) => read_fields(fields, row, policy, noted, map)?,
             _ => {
-                return Err(wrong_type(column.type_name(), Unexpected::Map));
+                return Err(noted.wrong_type(column.type_name(), Unexpected::Map));
             }
         }
         column.complete();
@@ -131,10 +153,11 @@ pub(crate) fn read_fields<'de, A: MapAccess<'de>>(
     columns: &mut [Column],
     row: usize,
     policy: Policy,
+    noted: &Noted,
     mut map: A,
 ) -> Result<(), A::Error> {
     let mut likely = 0;
-    while let Some(found) = map.next_key_seed(Key { columns: &*columns, likely, policy })? {
+    while let Some(found) = map.next_key_seed(Key { columns: &*columns, likely, policy, noted })? {
         let Some(index) = found else {
             map.next_value::<IgnoredAny>()?;
             continue;
@@ -142,21 +165,21 @@ pub(crate) fn read_fields<'de, A: MapAccess<'de>>(
         likely = index + 1;
         let column = &mut columns[index];
         if column.len() > row {
-            return Err(A::Error::custom(format_args!("field '{}' twice", column.name())));
+            return Err(noted.error(Fault::Malformed, format_args!("field '{}' twice", column.name())));
         }
-        let slot = Slot { column: &mut *column, policy };
+        let slot = Slot { column: &mut *column, policy, noted };
         if let Err(error) = map.next_value_seed(slot) {
             return Err(A::Error::custom(format_args!("field '{}': {error}", column.name())));
         }
     }
-    fill_missing(columns, row, policy).map_err(A::Error::custom)
+    fill_missing(columns, row, policy).map_err(|reason| noted.error(reason.fault, reason.text))
 }
 
 /// Appends nulls to the columns that got no value in this row, if that is allowed.
-pub(crate) fn fill_missing(columns: &mut [Column], row: usize, policy: Policy) -> Result<(), String> {
+pub(crate) fn fill_missing(columns: &mut [Column], row: usize, policy: Policy) -> Result<(), Reason> {
     for column in columns.iter_mut().filter(|column| column.len() == row) {
         if column.is_required() || policy.missing == Missing::Reject {
-            return Err(format!("missing field '{}'", column.name()));
+            return Err(Reason::new(Fault::MissingField, format!("missing field '{}'", column.name())));
         }
         column.push_null();
     }
@@ -169,6 +192,7 @@ struct Key<'a> {
     /// Keys mostly come in the declared order; looking there first makes wide records linear.
     likely: usize,
     policy: Policy,
+    noted: &'a Noted,
 }
 
 impl<'de> DeserializeSeed<'de> for Key<'_> {
@@ -192,7 +216,7 @@ impl Visitor<'_> for Key<'_> {
         }
         let found = self.columns.iter().position(|column| column.name() == name);
         if found.is_none() && self.policy.unknown == Unknown::Reject {
-            return Err(E::custom(format_args!("unknown field '{name}'")));
+            return Err(self.noted.error(Fault::UnknownField, format_args!("unknown field '{name}'")));
         }
         Ok(found)
     }

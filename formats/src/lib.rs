@@ -49,5 +49,5 @@ pub use files::{FileFormat, FileReader, FileRows, ReadOptions, RejectedRow};
 pub use infer::{infer_csv, infer_file, infer_json};
 pub use json::JsonDecoder;
 pub use json_encoder::JsonEncoder;
-pub use payload::{Decoded, Encoded, Limits, Malformed, Missing, Policy, Rejected, Unknown};
+pub use payload::{Decoded, Encoded, Fault, Limits, Malformed, Missing, Policy, Rejected, Unknown};
 pub use schema::{Declaration, FieldType, Kind, Scalar};

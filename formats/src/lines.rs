@@ -13,7 +13,7 @@ use crate::csv::{CsvOptions, RecordReader, skips_blank};
 use crate::error::FormatError;
 use crate::files::{FileRows, RejectedRow};
 use crate::json::{Shape, push_json};
-use crate::payload::{Limits, Policy, bounded};
+use crate::payload::{Limits, Policy, Reason, bounded};
 use crate::record::Flaw;
 use crate::rows::Rows;
 
@@ -90,12 +90,13 @@ impl LinesReader {
             let before = self.rows.len();
             let outcome = match self.pull()? {
                 Pulled::End => break,
-                Pulled::TooLong(length) => Err(format!("a line of {length} bytes, over the limit of {MAX_LINE}")),
+                Pulled::TooLong(length) => Err(format!("a line of {length} bytes, over the limit of {MAX_LINE}").into()),
                 Pulled::Line => self.parse(),
             };
             if let Err(reason) = outcome {
                 self.rows.truncate(before);
-                rejected.push(RejectedRow { row: self.next_row, reason: bounded(reason), bytes: self.line.clone() });
+                let Reason { fault, text } = reason;
+                rejected.push(RejectedRow { row: self.next_row, fault, reason: bounded(text), bytes: self.line.clone() });
             }
             bytes += self.line.len();
             self.next_row += 1;
@@ -113,10 +114,10 @@ impl LinesReader {
         };
         let taken = match pulled {
             Pulled::End => Ok(()),
-            Pulled::TooLong(length) => Err(format!("a header of {length} bytes")),
+            Pulled::TooLong(length) => Err(format!("a header of {length} bytes").into()),
             Pulled::Line => split_line(reader, &self.line).and_then(|()| reader.take_header(&self.rows, policy)),
         };
-        taken.map_err(|reason| FormatError::Csv(format!("{}: {reason}", self.path.display())))
+        taken.map_err(|reason| FormatError::Csv(format!("{}: {}", self.path.display(), reason.text)))
     }
 
     /// Reads the next line, or record of CSV, into `self.line`.
@@ -130,7 +131,7 @@ impl LinesReader {
         pulled.map_err(|source| FormatError::File { action: "read", path: self.path.clone(), source })
     }
 
-    fn parse(&mut self) -> Result<(), String> {
+    fn parse(&mut self) -> Result<(), Reason> {
         let blank = self.line.trim_ascii().is_empty();
         match &mut self.parser {
             Parser::Json if blank => Ok(()),
@@ -147,9 +148,9 @@ impl LinesReader {
     }
 }
 
-fn split_line(reader: &mut RecordReader, line: &[u8]) -> Result<(), String> {
+fn split_line(reader: &mut RecordReader, line: &[u8]) -> Result<(), Reason> {
     let text = std::str::from_utf8(line).map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to()))?;
-    reader.split(text).map(|_| ()).map_err(|flaw| flaw.reason())
+    reader.split(text).map(|_| ()).map_err(|flaw| flaw.reason().into())
 }
 
 /// What became of an attempt to read a line.

@@ -135,8 +135,62 @@ pub struct Decoded {
 pub struct Rejected {
     /// Index of the payload in the array that was decoded.
     pub payload: u32,
+    /// What kind of thing is wrong with it.
+    pub fault: Fault,
     /// Why, in at most a few hundred bytes.
     pub reason: String,
+}
+
+/// The kinds of things that can be wrong with a payload or a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// It is not of the format at all, or goes beyond a limit of the decoder.
+    Malformed,
+    /// A declared field is absent that may not be, or null where it is required.
+    MissingField,
+    /// A field is there that is not declared, and may not be.
+    UnknownField,
+    /// A value is of another type than declared.
+    WrongType,
+    /// A value is of the declared kind and does not fit into the type.
+    OutOfRange,
+}
+
+impl Fault {
+    /// The word for it in metrics and dead letters.
+    pub fn code(self) -> &'static str {
+        match self {
+            Fault::Malformed => "malformed",
+            Fault::MissingField => "missing_field",
+            Fault::UnknownField => "unknown_field",
+            Fault::WrongType => "wrong_type",
+            Fault::OutOfRange => "out_of_range",
+        }
+    }
+}
+
+/// Why a payload or a line is not taken. Plain text becomes one of [`Fault::Malformed`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Reason {
+    pub(crate) fault: Fault,
+    pub(crate) text: String,
+}
+
+impl Reason {
+    pub(crate) fn new(fault: Fault, text: impl Into<String>) -> Self {
+        Self { fault, text: text.into() }
+    }
+
+    /// The same with the name of what it is about in front.
+    pub(crate) fn within(self, place: impl std::fmt::Display) -> Self {
+        Self { text: format!("{place}: {}", self.text), ..self }
+    }
+}
+
+impl From<String> for Reason {
+    fn from(text: String) -> Self {
+        Self { fault: Fault::Malformed, text }
+    }
 }
 
 /// Payloads made from rows.

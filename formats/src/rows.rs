@@ -7,8 +7,8 @@ use serde::de::MapAccess;
 
 use crate::column::Column;
 use crate::error::FormatError;
-use crate::json_value::{fill_missing, read_fields};
-use crate::payload::{Decoded, Limits, Policy, Rejected, Unknown, bounded};
+use crate::json_value::{Noted, fill_missing, read_fields};
+use crate::payload::{Decoded, Fault, Limits, Policy, Reason, Rejected, Unknown, bounded};
 
 pub(crate) struct Rows {
     schema: SchemaRef,
@@ -45,28 +45,30 @@ impl Rows {
     }
 
     /// Appends one row from a JSON object.
-    pub(crate) fn push_object<'de, A: MapAccess<'de>>(&mut self, map: A) -> Result<(), A::Error> {
-        read_fields(&mut self.columns, self.len, self.policy, map)?;
+    pub(crate) fn push_object<'de, A: MapAccess<'de>>(&mut self, map: A, noted: &Noted) -> Result<(), A::Error> {
+        read_fields(&mut self.columns, self.len, self.policy, noted, map)?;
         self.len += 1;
         Ok(())
     }
 
     /// Appends one row from cells, each with the column it belongs to (`None`: not declared) and its text (`None`: an
     /// empty cell, which is a null).
-    pub(crate) fn push_cells<'a>(&mut self, cells: impl Iterator<Item = (Option<usize>, Option<&'a str>)>) -> Result<(), String> {
+    pub(crate) fn push_cells<'a>(&mut self, cells: impl Iterator<Item = (Option<usize>, Option<&'a str>)>) -> Result<(), Reason> {
         for (number, (place, text)) in cells.enumerate() {
             let Some(column) = place.and_then(|place| self.columns.get_mut(place)) else {
                 if self.policy.unknown == Unknown::Reject {
-                    return Err(format!("cell {} belongs to no declared column", number + 1));
+                    let told = format!("cell {} belongs to no declared column", number + 1);
+                    return Err(Reason::new(Fault::UnknownField, told));
                 }
                 continue;
             };
             match text {
-                Some(text) => {
-                    column.push_text(text, self.policy).map_err(|reason| format!("field '{}': {reason}", column.name()))?
-                }
+                Some(text) => column
+                    .push_text(text, self.policy)
+                    .map_err(|reason| reason.within(format_args!("field '{}'", column.name())))?,
                 None if column.is_required() => {
-                    return Err(format!("field '{}': empty, but required", column.name()));
+                    let told = format!("field '{}': empty, but required", column.name());
+                    return Err(Reason::new(Fault::MissingField, told));
                 }
                 None => column.push_null(),
             }
@@ -99,7 +101,7 @@ impl Rows {
         &mut self,
         payloads: &BinaryArray,
         limits: Limits,
-        mut push: impl FnMut(&mut Self, &[u8]) -> Result<(), String>,
+        mut push: impl FnMut(&mut Self, &[u8]) -> Result<(), Reason>,
     ) -> Result<Decoded, FormatError> {
         let mut origin = Vec::with_capacity(payloads.len());
         let mut rejected = Vec::new();
@@ -109,7 +111,7 @@ impl Rows {
                 Ok(()) => origin.extend(std::iter::repeat_n(payload, self.len - before)),
                 Err(reason) => {
                     self.truncate(before);
-                    rejected.push(Rejected { payload, reason: bounded(reason) });
+                    rejected.push(Rejected { payload, fault: reason.fault, reason: bounded(reason.text) });
                 }
             }
         }
@@ -118,12 +120,12 @@ impl Rows {
 }
 
 /// What holds for payloads of every format, before one is looked into.
-pub(crate) fn check_payload(payload: Option<&[u8]>, limits: Limits) -> Result<&[u8], String> {
+pub(crate) fn check_payload(payload: Option<&[u8]>, limits: Limits) -> Result<&[u8], Reason> {
     match payload {
-        None => Err("no payload (null)".to_owned()),
-        Some([]) => Err("empty payload".to_owned()),
+        None => Err(Reason::new(Fault::Malformed, "no payload (null)")),
+        Some([]) => Err(Reason::new(Fault::Malformed, "empty payload")),
         Some(bytes) if bytes.len() > limits.max_payload => {
-            Err(format!("payload of {} bytes is over the limit of {}", bytes.len(), limits.max_payload))
+            Err(format!("payload of {} bytes is over the limit of {}", bytes.len(), limits.max_payload).into())
         }
         Some(bytes) => Ok(bytes),
     }

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use afferent_engine::component::{BuildContext, Input, OperatorConfig, OperatorPlan, PlanContext, Planned, Problem};
+use afferent_engine::component::{BuildContext, Input, OperatorConfig, OperatorPlan, Output, PlanContext, Planned, Problem};
 use afferent_engine::message;
 use afferent_engine::{Batch, Error, Given, Operator, Outputs, Rejected, Result};
-use afferent_formats::{Declaration, Decoded, Decoder, Format, Limits, Malformed, Missing, Policy, Unknown};
+use afferent_formats::{Declaration, Decoded, Decoder, Format, FormatError, Limits, Malformed, Missing, Policy, Unknown};
 use arrow::array::{ArrayRef, AsArray, RecordBatch, RecordBatchOptions, UInt32Array};
 use arrow::compute::take_arrays;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -56,6 +56,13 @@ impl DecodeConfig {
         fields.filter(|(_, field)| kept(field.name())).map(|(index, _)| index).collect()
     }
 
+    fn decoder(&self, declared: &SchemaRef) -> std::result::Result<Decoder, FormatError> {
+        let policy = Policy { missing: self.missing, unknown: self.unknown, malformed: Malformed::Reject };
+        // How large a payload may be is the source's business: what it let through is decoded.
+        let limits = Limits { max_payload: usize::MAX, ..Limits::default() };
+        Decoder::new(self.format, declared.clone(), policy, limits)
+    }
+
     fn check_event_time(&self, declared: &Schema, problems: &mut Vec<Problem>) {
         let Some(name) = &self.event_time else {
             return;
@@ -83,11 +90,28 @@ impl OperatorConfig for DecodeConfig {
     const NAME: &'static str = "decode";
     const EXAMPLE: &'static str = "decode: { format: json, schema: { ts: timestamp_ms, ax: float32 }, event_time: ts }";
 
-    fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        let (declared, mut problems) = (self.schema.to_arrow(), Vec::new());
+        self.check_event_time(&declared, &mut problems);
+        if let Err(cause) = self.decoder(&declared) {
+            problems.push(Problem::new("unsupported-type", "/schema", cause.to_string()));
+        }
+        problems
+    }
+
+    fn declares(&self, inputs: &[Input]) -> Option<Vec<Output>> {
+        let [input] = inputs else { return None };
+        let (declared, mut problems) = (self.schema.to_arrow(), Vec::new());
+        let carried = self.carried(&input.schema, &mut problems);
+        let twice = carried.iter().any(|at| declared.column_with_name(input.schema.field(*at).name()).is_some());
+        let known = problems.is_empty() && !twice && is_messages(&input.schema);
+        known.then(|| vec![Output { name: String::new(), schema: together(&input.schema, &carried, &declared) }])
+    }
+
+    fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<OperatorPlan> {
         let input = columns::only(inputs, Self::NAME)?;
-        let mut problems = Vec::new();
-        let payload = input.schema.index_of(message::PAYLOAD).ok();
-        if payload.is_none_or(|at| input.schema.field(at).data_type() != &DataType::Binary) {
+        let mut problems = self.check(context);
+        if !is_messages(&input.schema) {
             let told = format!("`{}` has no binary column `payload` to decode", input.name);
             problems.push(Problem::new("not-messages", "", told).help(
                 "put `decode` directly behind a source of messages (`mqtt`, `kafka`); files and tables give typed rows \
@@ -95,7 +119,6 @@ impl OperatorConfig for DecodeConfig {
             ));
         }
         let declared = self.schema.to_arrow();
-        self.check_event_time(&declared, &mut problems);
         let carried = self.carried(&input.schema, &mut problems);
         for field in declared.fields() {
             if carried.iter().any(|at| input.schema.field(*at).name() == field.name()) {
@@ -107,24 +130,16 @@ impl OperatorConfig for DecodeConfig {
                 );
             }
         }
-        let policy = Policy { missing: self.missing, unknown: self.unknown, malformed: Malformed::Reject };
-        // How large a payload may be is the source's business: what it let through is decoded.
-        let limits = Limits { max_payload: usize::MAX, ..Limits::default() };
-        if let Err(cause) = Decoder::new(self.format, declared.clone(), policy, limits) {
-            problems.push(Problem::new("unsupported-type", "/schema", cause.to_string()));
-        }
+        let payload = input.schema.index_of(message::PAYLOAD).ok();
         let (Some(payload), true) = (payload, problems.is_empty()) else {
             return Err(problems);
         };
 
-        let ahead = carried.iter().map(|at| Arc::new(input.schema.field(*at).clone()));
-        let fields: Vec<Arc<Field>> = ahead.chain(declared.fields().iter().cloned()).collect();
-        let schema = Arc::new(Schema::new(fields));
-        let (format, output) = (self.format, schema.clone());
+        let schema = together(&input.schema, &carried, &declared);
+        let output = schema.clone();
         let build = move |_: &BuildContext| -> Result<Box<dyn Operator>> {
-            let decoder = Decoder::new(format, declared.clone(), policy, limits);
             Ok(Box::new(Decode {
-                decoder: decoder.map_err(Error::fatal)?,
+                decoder: self.decoder(&declared).map_err(Error::fatal)?,
                 payload,
                 carried: carried.clone(),
                 schema: output.clone(),
@@ -132,6 +147,17 @@ impl OperatorConfig for DecodeConfig {
         };
         Ok(OperatorPlan::stateless(schema, Arc::new(build)))
     }
+}
+
+fn is_messages(input: &Schema) -> bool {
+    input.field_with_name(message::PAYLOAD).is_ok_and(|payload| payload.data_type() == &DataType::Binary)
+}
+
+/// What leaves: the columns that are carried along, and those that are declared.
+fn together(input: &Schema, carried: &[usize], declared: &Schema) -> SchemaRef {
+    let ahead = carried.iter().map(|at| Arc::new(input.field(*at).clone()));
+    let fields: Vec<Arc<Field>> = ahead.chain(declared.fields().iter().cloned()).collect();
+    Arc::new(Schema::new(fields))
 }
 
 struct Decode {
@@ -169,7 +195,7 @@ impl Operator for Decode {
         outputs.reject(decoded.rejected.into_iter().map(|rejected| {
             let row = rejected.payload as usize;
             Rejected {
-                code: "malformed",
+                code: rejected.fault.code(),
                 reason: rejected.reason,
                 position: message::position_of(messages, row),
                 given: Given::Bytes(message::payload_of(messages, row).unwrap_or_default().to_vec()),
@@ -226,7 +252,9 @@ mod tests {
         let rejected = outputs.rejected();
         let positions: Vec<_> = rejected.iter().map(|r| r.position.as_str()).collect();
         assert_eq!(positions, [101, 103, 104, 105].map(|at| format!("plant/a/vibration/0@{at}")));
-        assert!(rejected.iter().all(|r| r.code == "malformed" && !r.reason.is_empty()));
+        assert!(rejected.iter().all(|r| !r.reason.is_empty()));
+        let codes: Vec<_> = rejected.iter().map(|r| r.code).collect();
+        assert_eq!(codes, ["malformed", "malformed", "wrong_type", "malformed"]);
         assert_eq!(rejected[0].given, Given::Bytes(b"{broken".to_vec()));
         assert_eq!(rejected[3].given, Given::Bytes(vec![0xff, 0x00]));
     }
@@ -238,6 +266,21 @@ mod tests {
         let plan = testing::plan::<DecodeConfig>(text, &schema).ok().unwrap();
         let names: Vec<_> = plan.outputs[0].schema.fields().iter().map(|f| f.name().clone()).collect();
         assert_eq!(names, ["device", "ts", "ax"]);
+    }
+
+    #[test]
+    fn a_faulty_event_time_hides_no_column() {
+        let config = |keep: &str| -> DecodeConfig {
+            let text = format!(r#"{{"format":"json","schema":{{"ts":"timestamp_ms"}},"event_time":"time","keep":["{keep}"]}}"#);
+            serde_json::from_str(&text).unwrap()
+        };
+        let input = Input { name: "input".into(), schema: message::schema(&["device".to_owned()]) };
+        let declared = config("topic").declares(std::slice::from_ref(&input)).unwrap();
+        let names: Vec<_> = declared[0].schema.fields().iter().map(|field| field.name().clone()).collect();
+        assert_eq!(names, ["topic", "device", "ts"]);
+        assert!(config("topick").declares(&[input]).is_none());
+        let found = config("topic").check(&PlanContext::default());
+        assert_eq!(found.iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["/event_time"]);
     }
 
     #[test]

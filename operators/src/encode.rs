@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use afferent_engine::component::{BuildContext, Input, OperatorConfig, OperatorPlan, PlanContext, Planned, Problem};
+use afferent_engine::component::{BuildContext, Input, OperatorConfig, OperatorPlan, Output, PlanContext, Planned, Problem};
 use afferent_engine::message;
 use afferent_engine::{Batch, Error, Operator, Outputs, Rejected, Result};
 use afferent_formats::{Encoder, Format};
@@ -42,6 +42,18 @@ pub struct EncodeConfig {
 impl OperatorConfig for EncodeConfig {
     const NAME: &'static str = "encode";
     const EXAMPLE: &'static str = "encode: { format: json, key: device, topic: \"alerts/{device}\" }";
+
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        Template::parse(&self.topic, &Schema::empty(), &mut problems);
+        // Which columns there are is not known here.
+        problems.retain(|problem| problem.code == "bad-template");
+        problems
+    }
+
+    fn declares(&self, _: &[Input]) -> Option<Vec<Output>> {
+        Some(vec![Output { name: String::new(), schema: message::schema(&[]) }])
+    }
 
     fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
         let input = columns::only(inputs, Self::NAME)?;
@@ -321,6 +333,9 @@ mod tests {
                 ("wrong-type", "/timestamp", None),
             ]
         );
+        let config: EncodeConfig = serde_json::from_str(text).unwrap();
+        let found = config.check(&PlanContext::default());
+        assert_eq!(found.iter().map(|p| (p.code, p.offset)).collect::<Vec<_>>(), [("bad-template", Some(8))]);
         let text = r#"{"format":"arrow","topic":"x/{device}"}"#;
         assert_eq!(testing::problems::<EncodeConfig>(text, &rows().schema())[0].code, "not-per-row");
     }

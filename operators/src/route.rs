@@ -96,20 +96,28 @@ impl OperatorConfig for RouteConfig {
     const NAME: &'static str = "route";
     const EXAMPLE: &'static str = "route: { outputs: { hot: \"temperature > 80\", faulty: \"status <> 'ok'\" } }";
 
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        let state = session().state();
+        let of_each = self.outputs.0.iter().flat_map(|(name, text)| {
+            let path = path_of(name);
+            bad_name(name).into_iter().chain(Condition::check(&state, text, &path))
+        });
+        of_each.collect()
+    }
+
+    fn declares(&self, inputs: &[Input]) -> Option<Vec<Output>> {
+        let [input] = inputs else { return None };
+        let names = std::iter::once(String::new()).chain(self.outputs.0.iter().map(|(name, _)| name.clone()));
+        Some(names.map(|name| Output { name, schema: input.schema.clone() }).collect())
+    }
+
     fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
         let schema = columns::only(inputs, Self::NAME)?.schema.clone();
         let state = session().state();
         let (mut problems, mut conditions, mut names) = (Vec::new(), Vec::new(), vec![String::new()]);
         for (name, text) in self.outputs.0 {
-            let path = format!("/outputs/{}", name.replace('~', "~0").replace('/', "~1"));
-            if name.is_empty() || name.contains(['.', '/']) {
-                let told = format!("`{name}` cannot be the name of an output");
-                problems.push(
-                    Problem::new("bad-name", path.clone(), told)
-                        .help("a stage reads it as `STAGE.OUTPUT`: write a word without dots and slashes"),
-                );
-            }
-            match Condition::plan(&state, &text, &schema, &path) {
+            problems.extend(bad_name(&name));
+            match Condition::plan(&state, &text, &schema, &path_of(&name)) {
                 Ok(condition) => conditions.push(condition),
                 Err(found) => problems.extend(found),
             }
@@ -123,6 +131,17 @@ impl OperatorConfig for RouteConfig {
         let build = move |_: &BuildContext| -> Result<Box<dyn Operator>> { Ok(Box::new(route.clone())) };
         Ok(OperatorPlan { outputs, build: OperatorBuild::Compute { build: Arc::new(build), stateful: false, heavy: false } })
     }
+}
+
+fn path_of(output: &str) -> String {
+    format!("/outputs/{}", output.replace('~', "~0").replace('/', "~1"))
+}
+
+fn bad_name(output: &str) -> Option<Problem> {
+    (output.is_empty() || output.contains(['.', '/'])).then(|| {
+        Problem::new("bad-name", path_of(output), format!("`{output}` cannot be the name of an output"))
+            .help("a stage reads it as `STAGE.OUTPUT`: write a word without dots and slashes")
+    })
 }
 
 #[derive(Clone)]
@@ -283,6 +302,9 @@ mod tests {
                 ("refused-sql", "/outputs/e", Some(4)),
             ]
         );
+        let config: RouteConfig = serde_json::from_str(text).unwrap();
+        let paths: Vec<_> = config.check(&PlanContext::default()).into_iter().map(|p| p.path).collect();
+        assert_eq!(paths, ["/outputs/b.c", "/outputs/e"]);
         for text in [r#"{"outputs":{}}"#, r#"{"outputs":{"a":"n > 1","a":"n > 2"}}"#] {
             assert!(serde_json::from_str::<RouteConfig>(text).is_err(), "{text}");
         }

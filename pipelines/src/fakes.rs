@@ -63,6 +63,9 @@ pub(crate) struct MemorySource {
     /// How many messages come ahead of their acknowledgement.
     #[serde(default)]
     in_flight: Option<u64>,
+    /// Whether it is refused, although its columns are known.
+    #[serde(default)]
+    broken: bool,
     /// Asked for by nobody.
     #[serde(default)]
     password: Option<Secret>,
@@ -72,7 +75,14 @@ impl SourceConfig for MemorySource {
     const NAME: &'static str = "memory";
     const EXAMPLE: &'static str = "memory: { columns: [id, text] }";
 
+    fn declares(&self) -> Option<SchemaRef> {
+        Some(schema(&self.columns))
+    }
+
     fn plan(self, _: &PlanContext) -> Planned<SourcePlan> {
+        if self.broken {
+            return Err(vec![Problem::new("broken", "/broken", "it is broken")]);
+        }
         let _only_its_shape_matters = &self.password;
         Ok(SourcePlan {
             schema: schema(&self.columns),
@@ -82,6 +92,7 @@ impl SourceConfig for MemorySource {
             },
             bounded: true,
             in_flight: self.in_flight.map(|window| (window, "window of the memory".into())),
+            moves: None,
             build: Arc::new(|_| -> Result<Box<dyn Source>> { Err(Error::fatal("never built")) }),
         })
     }
@@ -117,15 +128,24 @@ impl OperatorConfig for Pass {
     const NAME: &'static str = "pass";
     const EXAMPLE: &'static str = "pass: { expects: id }";
 
-    fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
-        let _only_their_shape_matters = (self.limit, self.linger);
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        let too_many = || Problem::new("too-many", "/limit", "100 at most");
+        (self.limit.get() > 100).then(too_many).into_iter().collect()
+    }
+
+    fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<OperatorPlan> {
+        let _only_its_shape_matters = self.linger;
+        let mut problems = self.check(context);
         let schema = inputs.first().map(|input| SchemaRef::clone(&input.schema)).unwrap_or_else(|| Arc::new(Schema::empty()));
         if let Some(column) = self.expects
             && schema.column_with_name(&column).is_none()
         {
-            return Err(vec![
+            problems.push(
                 Problem::new("unknown-column", "/expects", format!("there is no column `{column}`")).help("look at the source"),
-            ]);
+            );
+        }
+        if !problems.is_empty() {
+            return Err(problems);
         }
         Ok(OperatorPlan { outputs: vec![Output { name: String::new(), schema }], build: stateless(self.stateful) })
     }

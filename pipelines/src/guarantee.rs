@@ -1,6 +1,7 @@
 //! What each path from a source to a sink really gives, worked out from what the source replays, what the
 //! sink makes of a second time, and where rows may be dropped on the way. Nothing here is declared: a
-//! declaration is only compared with it.
+//! declaration is only compared with it. Also which operators hold rows of a source that may lose them to another
+//! process, which the planner refuses.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -57,6 +58,39 @@ fn reach(stages: &[PlannedStage], source: usize) -> Vec<Option<BTreeSet<String>>
     reached
 }
 
+/// An operator that holds rows of a source whose parts may move to another process while it runs.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Stranded<'p> {
+    /// The operator's name.
+    pub(crate) operator: &'p str,
+    /// The source's name.
+    pub(crate) source: &'p str,
+    /// What to write at the source.
+    pub(crate) help: &'p str,
+}
+
+/// The first operators that hold rows behind each source whose parts may move; what holds rows behind those is mended
+/// with them.
+pub(crate) fn stranded(stages: &[PlannedStage]) -> Vec<Stranded<'_>> {
+    let mut found = Vec::new();
+    for (index, source) in stages.iter().enumerate() {
+        let Part::Source { moves: Some(help), .. } = &source.part else { continue };
+        let mut reached = vec![false; stages.len()];
+        reached[index] = true;
+        for (index, stage) in stages.iter().enumerate() {
+            if !stage.inputs.iter().any(|input| reached[input.from]) {
+                continue;
+            }
+            if matches!(stage.part, Part::Operator { stateful: true, .. }) {
+                found.push(Stranded { operator: &stage.name, source: &source.name, help });
+            } else {
+                reached[index] = true;
+            }
+        }
+    }
+    found
+}
+
 /// The word of a policy that drops rows.
 pub(crate) fn dropping(overflow: Overflow) -> Option<&'static str> {
     match overflow {
@@ -104,7 +138,51 @@ pub fn rate_note(stage: &str, in_flight: u64, why: &str, pace: Duration) -> Stri
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use afferent_engine::graph::{Port, QueueLimit};
+    use arrow::datatypes::Schema;
+
     use super::*;
+    use crate::plan::PlannedInput;
+
+    /// A stage that reads those with these indexes.
+    fn stage(name: &str, from: &[usize], part: Part) -> PlannedStage {
+        let input = |from: &usize| PlannedInput {
+            name: from.to_string(),
+            from: *from,
+            port: Port::Output(0),
+            schema: Arc::new(Schema::empty()),
+            queue: QueueLimit::default(),
+            overflow: Overflow::Block,
+        };
+        let inputs = from.iter().map(input).collect();
+        PlannedStage { name: name.into(), component: "c".into(), inputs, outputs: Vec::new(), part }
+    }
+
+    fn source(moves: Option<&str>) -> Part {
+        Part::Source { replay: Replay::Exact, bounded: false, in_flight: None, moves: moves.map(str::to_owned) }
+    }
+
+    fn operator(stateful: bool) -> Part {
+        Part::Operator { parallelism: 1, stateful, asynchronous: false }
+    }
+
+    #[test]
+    fn the_first_operators_that_hold_rows_behind_a_group_are_found() {
+        let stages = [
+            stage("group", &[], source(Some("hold it"))),
+            stage("file", &[], source(None)),
+            stage("decoded", &[0], operator(false)),
+            stage("frames", &[2], operator(true)),
+            stage("batches", &[3], operator(true)),
+            stage("own", &[1], operator(true)),
+            stage("both", &[5, 2], operator(true)),
+        ];
+        let found: Vec<(&str, &str, &str)> = stranded(&stages).iter().map(|s| (s.operator, s.source, s.help)).collect();
+        assert_eq!(found, [("frames", "group", "hold it"), ("both", "group", "hold it")]);
+        assert!(stranded(&stages[1..2]).is_empty());
+    }
 
     fn of(replay: Replay, delivery: Delivery, droppers: &[&str]) -> Guarantee {
         let droppers = droppers.iter().map(|text| (*text).to_owned()).collect();

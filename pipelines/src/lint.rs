@@ -166,6 +166,28 @@ sinks:
     }
 
     #[test]
+    fn a_refused_stage_hides_nothing_behind_it() {
+        let codes = |text: &str| lint(text).iter().map(|d| (d.code, d.line)).collect::<Vec<_>>();
+        // A source that is refused declares its columns all the same.
+        let text = with("  b: { pass: { expects: idd } }\n").replace("[id, text]", "[id, text], broken: true");
+        assert_eq!(codes(&text), [("broken", 3), ("unknown-column", 5)]);
+        assert_eq!(codes(&text.replace("idd", "id")), [("broken", 3)]);
+        // Without a word about what arrives, a stage says what it can, and nothing of columns.
+        let text = with("  b: { pass: { expects: idd } }\n  c: { pass: { limit: 101, expects: idd } }\n");
+        assert_eq!(codes(&text), [("unknown-column", 5), ("too-many", 6)]);
+        let text = with("  b: { pass: { limit: 101 }, inputs: [c] }\n  c: { pass: {}, inputs: [b] }\n");
+        assert_eq!(codes(&text), [("too-many", 5), ("cycle", 5)]);
+        let text = with("  b: { pass: { limit: 101 }, inputs: [aa] }\n");
+        assert_eq!(codes(&text), [("too-many", 5), ("unknown-stage", 5)]);
+        // A default stands in for a value at fault, and nothing for a key that is unknown.
+        assert_eq!(codes(&with("  b: { pass: { limit: 101, linger: soon } }\n")), [("too-many", 5), ("invalid-value", 5)]);
+        assert_eq!(codes(&with("  b: { pass: { limit: 101, lingr: 5ms } }\n")), [("unknown-key", 5)]);
+        // What a stage rejects has the same form whatever is wrong with it.
+        let text = with("  b: { pass: { expects: idd } }\n  c: { pass: { expects: idd }, inputs: [b.rejected] }\n");
+        assert_eq!(codes(&text), [("unknown-column", 5), ("unknown-column", 6)]);
+    }
+
+    #[test]
     fn problems_of_planning_point_into_the_configuration() {
         let found = lint(&with("  b: { pass: { expects: idd } }\n"));
         assert_eq!((found[0].code, found[0].line, found[0].column), ("unknown-column", 5, 25));

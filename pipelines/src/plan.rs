@@ -74,6 +74,8 @@ pub enum Part {
         bounded: bool,
         /// How many messages its peer sends ahead of their acknowledgement, and why.
         in_flight: Option<(u64, String)>,
+        /// How to keep parts of it from moving to another process, where they may.
+        moves: Option<String>,
     },
     /// Transforms rows.
     Operator {

@@ -1,7 +1,8 @@
 //! Plans the stages of a wired file, producers first: schemas flow from stage to stage, each component checks
-//! its configuration against what arrives, and the engine's graph is put together. A stage whose input
-//! could not be planned is passed over in silence: its turn comes when the first fault is mended. An operator that
-//! does not name its inputs itself cannot tell them apart: it is planned with one, which all of them make.
+//! its configuration against what arrives, and the engine's graph is put together. A stage that is refused may declare
+//! all the same what it emits: then those behind it are planned. A stage whose inputs are not known checks what it can
+//! without them. An operator that does not name its inputs itself cannot tell them apart: it is planned with one, which
+//! all of them make.
 
 use std::collections::HashMap;
 
@@ -13,7 +14,7 @@ use arrow::datatypes::SchemaRef;
 
 use crate::diagnostic::{Diagnostic, Diagnostics};
 use crate::document::{Kind, word_at};
-use crate::guarantee::{self, PathGuarantee};
+use crate::guarantee::{self, PathGuarantee, Stranded};
 use crate::plan::{Part, Plan, PlannedInput, PlannedStage, fingerprint};
 use crate::shape::code_of;
 use crate::spec::{Envelope, StageKind};
@@ -30,21 +31,28 @@ pub(crate) fn plan(
     text: &str,
     diagnostics: &mut Diagnostics,
 ) -> Option<Plan> {
-    let mut planner =
-        Planner { file, registry, context, text, diagnostics, planned: Vec::new(), nodes: Vec::new(), places: HashMap::new() };
+    let mut planner = Planner { file, registry, context, text, diagnostics, known: Vec::new(), places: HashMap::new() };
     for index in &wiring.order {
-        if let Some(feeds) = &wiring.feeds[*index] {
-            planner.stage(*index, feeds);
-        }
+        planner.stage(*index, wiring.feeds[*index].as_deref());
     }
-    let Planner { planned, nodes, places, diagnostics, .. } = planner;
+    for index in (0..file.stages.len()).filter(|index| !wiring.order.contains(index)) {
+        planner.stage(index, None);
+    }
+    let Planner { known, places, diagnostics, .. } = planner;
     if diagnostics.has_errors() {
         return None;
+    }
+    let (mut planned, mut nodes) = (Vec::new(), Vec::new());
+    for Known { name, component, inputs, outputs, runs } in known {
+        let (part, node) = runs?;
+        nodes.push(node);
+        planned.push(PlannedStage { name, component, inputs, outputs: outputs?, part });
     }
     unused_outputs(file, &planned, &places, diagnostics);
     let envelope = file.envelope.as_ref()?;
     let guarantees = guarantee::paths(&planned);
     compare(envelope, file, &guarantees, text, diagnostics);
+    refuse_stranded(file, &planned, diagnostics);
     if diagnostics.has_errors() {
         return None;
     }
@@ -67,40 +75,68 @@ struct Planner<'a, 'd> {
     context: &'a PlanContext,
     text: &'a str,
     diagnostics: &'a mut Diagnostics,
-    planned: Vec<PlannedStage>,
-    nodes: Vec<GraphNode>,
-    /// From the index of a stage in the file to its index in the plan.
+    known: Vec<Known>,
+    /// From the index of a stage in the file to its index among those that are known.
     places: HashMap<usize, usize>,
 }
 
+/// A stage, as far as it could be planned.
+struct Known {
+    name: String,
+    component: String,
+    /// Empty where one of them is not known.
+    inputs: Vec<PlannedInput>,
+    /// `None` where a fault keeps them in the dark.
+    outputs: Option<Vec<Output>>,
+    /// `None` where something is wrong with it.
+    runs: Option<(Part, GraphNode)>,
+}
+
+/// What became of planning a component: what it emits, and the running part unless it was refused.
+struct Outcome {
+    outputs: Vec<Output>,
+    runs: Option<(Part, Role)>,
+}
+
+/// A component that was refused.
+struct Refused {
+    error: PlanError,
+    /// What it emits all the same.
+    declared: Option<Vec<Output>>,
+}
+
 impl Planner<'_, '_> {
-    fn stage(&mut self, index: usize, feeds: &[Feed]) {
+    /// `feeds` is `None` where they could not be settled.
+    fn stage(&mut self, index: usize, feeds: Option<&[Feed]>) {
         let file = self.file;
         let stage = &file.stages[index];
-        if !stage.sound {
-            return;
-        }
-        let Some(inputs) = self.inputs(stage, feeds) else { return };
-        let Some((part, outputs, role)) = self.component(stage, feeds, &inputs) else { return };
-        if inputs.is_empty() && stage.kind != StageKind::Source {
-            let message = format!("nothing feeds `{}`", stage.name());
-            let help = format!("name a stage in its `{}`", stage.component_name());
-            self.diagnostics.push(Diagnostic::error("missing-input", stage.pair.key_span, message).help(help));
-            return;
-        }
-        let inlets =
-            inputs.iter().map(|input| Inlet { from: input.from, port: input.port, queue: input.queue, overflow: input.overflow });
-        let written = stage.component.map(|pair| pair.value.to_value()).unwrap_or_default();
+        // Of a stage with a fault it cannot be known whether it names its inputs itself.
+        let feeds = feeds.filter(|_| stage.sound || stage.kind == StageKind::Source);
+        let inputs = feeds.and_then(|feeds| Some((feeds, self.inputs(stage, feeds)?)));
         let component = stage.component_name().to_owned();
-        self.nodes.push(GraphNode {
-            name: stage.name().to_owned(),
-            component: component.clone(),
-            role,
-            inputs: inlets.collect(),
-            fingerprint: fingerprint(&component, &written),
-        });
-        self.places.insert(index, self.planned.len());
-        self.planned.push(PlannedStage { name: stage.name().to_owned(), component, inputs, outputs, part });
+        let mut known =
+            Known { name: stage.name().to_owned(), component: component.clone(), inputs: Vec::new(), outputs: None, runs: None };
+        match inputs {
+            // What is wrong with its shape has been told, and nothing could stand in for it.
+            _ if stage.config.is_null() => {}
+            None => self.check(stage),
+            Some((feeds, inputs)) => {
+                let outcome = self.component(stage, feeds, &inputs);
+                let runs = outcome.as_ref().is_some_and(|outcome| outcome.runs.is_some());
+                if runs && inputs.is_empty() && stage.kind != StageKind::Source {
+                    let message = format!("nothing feeds `{}`", stage.name());
+                    let help = format!("name a stage in its `{component}`");
+                    self.diagnostics.push(Diagnostic::error("missing-input", stage.pair.key_span, message).help(help));
+                }
+                if let Some(Outcome { outputs, runs }) = outcome {
+                    known.outputs = Some(outputs);
+                    known.runs = runs.map(|(part, role)| (part, node(stage, role, &inputs)));
+                }
+                known.inputs = inputs;
+            }
+        }
+        self.places.insert(index, self.known.len());
+        self.known.push(known);
     }
 
     /// The inputs with their schemas; `None` when one of them is not there.
@@ -112,7 +148,16 @@ impl Planner<'_, '_> {
                 complete = false;
                 continue;
             };
-            match port(&self.planned[from], feed.output.as_deref()) {
+            let known = &self.known[from];
+            let found = match (&known.outputs, feed.output.as_deref()) {
+                (_, Some("rejected")) => Ok((Port::Rejected, rejected::schema())),
+                (Some(outputs), output) => port(&known.name, outputs, output),
+                (None, _) => {
+                    complete = false;
+                    continue;
+                }
+            };
+            match found {
                 Ok((port, schema)) => inputs.push(PlannedInput {
                     name: feed.name.clone(),
                     from,
@@ -130,24 +175,26 @@ impl Planner<'_, '_> {
         complete.then_some(inputs)
     }
 
-    fn component(&mut self, stage: &Stage<'_>, feeds: &[Feed], arriving: &[PlannedInput]) -> Option<(Part, Vec<Output>, Role)> {
+    /// Plans the component; `None` where it is not known what it emits.
+    fn component(&mut self, stage: &Stage<'_>, feeds: &[Feed], arriving: &[PlannedInput]) -> Option<Outcome> {
         let inputs: Vec<Input> =
             arriving.iter().map(|input| Input { name: input.name.clone(), schema: SchemaRef::clone(&input.schema) }).collect();
-        let mut context = self.context.clone();
-        context.pipeline = self.file.envelope.as_ref().map(|envelope| envelope.name.clone()).unwrap_or_default();
-        context.stage = stage.name().to_owned();
+        let context = self.context_of(stage);
         let name = stage.component_name();
-        match stage.kind {
-            StageKind::Source => match (self.registry.sources.get(name)?.plan)(&stage.config, &context) {
-                Ok(plan) => {
+        let planned = match stage.kind {
+            StageKind::Source => {
+                let entry = self.registry.sources.get(name)?;
+                let planned = (entry.plan)(&stage.config, &context).map(|plan| {
                     let outputs = vec![Output { name: String::new(), schema: plan.schema }];
-                    let part = Part::Source { replay: plan.replay, bounded: plan.bounded, in_flight: plan.in_flight };
-                    Some((part, outputs, Role::Source(plan.build)))
-                }
-                Err(error) => self.tell(stage, arriving, error),
-            },
-            StageKind::Operator => match self.operator(stage, feeds, &inputs, &context)? {
-                Ok(plan) => {
+                    let part =
+                        Part::Source { replay: plan.replay, bounded: plan.bounded, in_flight: plan.in_flight, moves: plan.moves };
+                    Outcome { outputs, runs: Some((part, Role::Source(plan.build))) }
+                });
+                planned.map_err(|error| Refused { error, declared: (entry.declares)(&stage.config, &inputs) })
+            }
+            StageKind::Operator => {
+                let planned = self.operator(stage, feeds, &inputs, &context)?;
+                planned.map(|plan| {
                     let parallelism = usize::try_from(stage.keys.parallelism.get()).unwrap_or(usize::MAX);
                     let (stateful, asynchronous) = match &plan.build {
                         OperatorBuild::Compute { stateful, .. } => (*stateful, false),
@@ -165,17 +212,44 @@ impl Planner<'_, '_> {
                         self.diagnostics.push(Diagnostic::error("refused-parallelism", span, message).help(help));
                     }
                     let part = Part::Operator { parallelism, stateful, asynchronous };
-                    Some((part, plan.outputs, Role::Operator { build: plan.build, parallelism }))
-                }
-                Err(error) => self.tell(stage, arriving, error),
-            },
-            StageKind::Sink => match (self.registry.sinks.get(name)?.plan)(&stage.config, &inputs, &context) {
-                Ok(plan) => {
+                    Outcome { outputs: plan.outputs, runs: Some((part, Role::Operator { build: plan.build, parallelism })) }
+                })
+            }
+            StageKind::Sink => {
+                let planned = (self.registry.sinks.get(name)?.plan)(&stage.config, &inputs, &context).map(|plan| {
                     let part = Part::Sink { delivery: plan.delivery, commit_interval: plan.commit_interval };
-                    Some((part, Vec::new(), Role::Sink { build: plan.build, commit_interval: plan.commit_interval }))
-                }
-                Err(error) => self.tell(stage, arriving, error),
-            },
+                    let role = Role::Sink { build: plan.build, commit_interval: plan.commit_interval };
+                    Outcome { outputs: Vec::new(), runs: Some((part, role)) }
+                });
+                planned.map_err(|error| Refused { error, declared: None })
+            }
+        };
+        match planned {
+            Ok(outcome) => Some(outcome),
+            Err(Refused { error, declared }) => {
+                self.tell(stage, arriving, error);
+                Some(Outcome { outputs: declared?, runs: None })
+            }
+        }
+    }
+
+    fn context_of(&self, stage: &Stage<'_>) -> PlanContext {
+        let mut context = self.context.clone();
+        context.pipeline = self.file.envelope.as_ref().map(|envelope| envelope.name.clone()).unwrap_or_default();
+        context.stage = stage.name().to_owned();
+        context
+    }
+
+    /// Tells what is wrong with a stage whatever arrives.
+    fn check(&mut self, stage: &Stage<'_>) {
+        let (registry, name) = (self.registry, stage.component_name());
+        let check = match stage.kind {
+            StageKind::Source => registry.sources.get(name).map(|entry| entry.check),
+            StageKind::Operator => registry.operators.get(name).map(|entry| entry.check),
+            StageKind::Sink => registry.sinks.get(name).map(|entry| entry.check),
+        };
+        if let Some(Err(error)) = check.map(|check| check(&stage.config, &self.context_of(stage))) {
+            self.tell(stage, &[], error);
         }
     }
 
@@ -186,11 +260,15 @@ impl Planner<'_, '_> {
         feeds: &[Feed],
         inputs: &[Input],
         context: &PlanContext,
-    ) -> Option<Result<OperatorPlan, PlanError>> {
+    ) -> Option<Result<OperatorPlan, Refused>> {
         let registry = self.registry;
         let entry = registry.operators.get(stage.component_name())?;
+        let plan = |inputs: &[Input]| {
+            let refused = |error| Refused { error, declared: (entry.declares)(&stage.config, inputs) };
+            (entry.plan)(&stage.config, inputs, context).map_err(refused)
+        };
         if (entry.named_inputs)(&stage.config).is_some() {
-            return Some((entry.plan)(&stage.config, inputs, context));
+            return Some(plan(inputs));
         }
         let stream = match fan_in::one_stream(inputs) {
             Ok(stream) => stream,
@@ -202,10 +280,11 @@ impl Planner<'_, '_> {
                             order and of the same types"
                         .to_owned();
                 self.diagnostics.push(Diagnostic::error("different-schemas", span, message).help(help));
+                self.check(stage);
                 return None;
             }
         };
-        let planned = (entry.plan)(&stage.config, stream.as_slice(), context).map(|mut plan| {
+        let planned = plan(stream.as_slice()).map(|mut plan| {
             if let Some(stream) = &stream {
                 plan.build = fan_in::under(&stream.schema, inputs, plan.build);
             }
@@ -214,9 +293,9 @@ impl Planner<'_, '_> {
         Some(planned)
     }
 
-    /// Turns what a component says into diagnostics; always `None`.
-    fn tell<T>(&mut self, stage: &Stage<'_>, inputs: &[PlannedInput], error: PlanError) -> Option<T> {
-        let pair = stage.component?;
+    /// Turns what a component says into diagnostics.
+    fn tell(&mut self, stage: &Stage<'_>, inputs: &[PlannedInput], error: PlanError) {
+        let Some(pair) = stage.component else { return };
         match error {
             PlanError::Shape { path, message } => {
                 let span = pair.locate(&path).span(self.text);
@@ -239,7 +318,6 @@ impl Planner<'_, '_> {
                 }
             }
         }
-        None
     }
 
     /// Of a column that is missing here although it reaches the stage in front: that it ends there, and what to do if
@@ -247,7 +325,7 @@ impl Planner<'_, '_> {
     fn left_out(&self, message: &str, inputs: &[PlannedInput]) -> Option<String> {
         let words = || message.split('`').skip(1).step_by(2).map(|word| word.rsplit('.').next().unwrap_or(word));
         inputs.iter().find_map(|input| {
-            let from = &self.planned[input.from];
+            let from = &self.known[input.from];
             let ends = |column: &&str| {
                 let reaches = from.inputs.iter().any(|above| above.schema.column_with_name(column).is_some());
                 reaches && input.schema.column_with_name(column).is_none()
@@ -261,31 +339,38 @@ impl Planner<'_, '_> {
     }
 }
 
+/// The stage as a node of the engine's graph.
+fn node(stage: &Stage<'_>, role: Role, inputs: &[PlannedInput]) -> GraphNode {
+    let inlets =
+        inputs.iter().map(|input| Inlet { from: input.from, port: input.port, queue: input.queue, overflow: input.overflow });
+    let written = stage.component.map(|pair| pair.value.to_value()).unwrap_or_default();
+    let component = stage.component_name().to_owned();
+    let fingerprint = fingerprint(&component, &written);
+    GraphNode { name: stage.name().to_owned(), component, role, inputs: inlets.collect(), fingerprint }
+}
+
 /// The output that an input names, with its schema; or what is wrong with the name.
-fn port(stage: &PlannedStage, output: Option<&str>) -> Result<(Port, SchemaRef), (String, Option<String>)> {
-    let named: Vec<&str> = stage.outputs.iter().map(|output| output.name.as_str()).filter(|name| !name.is_empty()).collect();
+fn port(stage: &str, outputs: &[Output], output: Option<&str>) -> Result<(Port, SchemaRef), (String, Option<String>)> {
+    let named: Vec<&str> = outputs.iter().map(|output| output.name.as_str()).filter(|name| !name.is_empty()).collect();
     let found = match output {
-        Some("rejected") => return Ok((Port::Rejected, rejected::schema())),
-        Some(wanted) => stage.outputs.iter().position(|output| output.name == wanted),
-        None => {
-            stage.outputs.iter().position(|output| output.name.is_empty()).or_else(|| (stage.outputs.len() == 1).then_some(0))
-        }
+        Some(wanted) => outputs.iter().position(|output| output.name == wanted),
+        None => outputs.iter().position(|output| output.name.is_empty()).or_else(|| (outputs.len() == 1).then_some(0)),
     };
-    if let Some((number, output)) = found.and_then(|number| Some((number, stage.outputs.get(number)?))) {
+    if let Some((number, output)) = found.and_then(|number| Some((number, outputs.get(number)?))) {
         return Ok((Port::Output(number), SchemaRef::clone(&output.schema)));
     }
-    let known: Vec<String> = named.iter().map(|name| format!("{}.{name}", stage.name)).collect();
+    let known: Vec<String> = named.iter().map(|name| format!("{stage}.{name}")).collect();
     let known = suggest::list(known.iter().map(String::as_str));
     match output {
         Some(wanted) if named.is_empty() => {
-            let message = format!("`{}` has no output `{wanted}`", stage.name);
-            Err((message, Some(format!("write `{0}`, or `{0}.rejected` for the rows that it could not process", stage.name))))
+            let message = format!("`{stage}` has no output `{wanted}`");
+            Err((message, Some(format!("write `{stage}`, or `{stage}.rejected` for the rows that it could not process"))))
         }
         Some(wanted) => {
-            let help = suggest::closest(wanted, named).map(|name| format!("did you mean `{}.{name}`?", stage.name));
-            Err((format!("`{}` has no output `{wanted}`", stage.name), help.or_else(|| Some(format!("known are {known}")))))
+            let help = suggest::closest(wanted, named).map(|name| format!("did you mean `{stage}.{name}`?"));
+            Err((format!("`{stage}` has no output `{wanted}`"), help.or_else(|| Some(format!("known are {known}")))))
         }
-        None => Err((format!("which output of `{}` is meant must be written", stage.name), Some(format!("known are {known}")))),
+        None => Err((format!("which output of `{stage}` is meant must be written"), Some(format!("known are {known}")))),
     }
 }
 
@@ -307,6 +392,20 @@ fn unused_outputs(file: &File<'_>, planned: &[PlannedStage], places: &HashMap<us
             let help = format!("add a sink with `inputs: [{name}]`, or take it out");
             diagnostics.push(Diagnostic::warning("unused-output", stage.pair.key_span, message).help(help));
         }
+    }
+}
+
+/// Refuses operators that hold rows behind a source whose parts may move to another process.
+fn refuse_stranded(file: &File<'_>, planned: &[PlannedStage], diagnostics: &mut Diagnostics) {
+    for Stranded { operator, source, help } in guarantee::stranded(planned) {
+        let Some(stage) = file.stages.iter().find(|stage| stage.name() == operator) else { continue };
+        let span = stage.component.map_or(stage.pair.key_span, |pair| pair.key_span);
+        let message = format!(
+            "`{operator}` holds rows or counts between batches, and what `{source}` reads may move to another process: half \
+             of them would be left in either"
+        );
+        let help = format!("`{source}` must keep what it reads: {help}");
+        diagnostics.push(Diagnostic::error("state-behind-group", span, message).help(help));
     }
 }
 

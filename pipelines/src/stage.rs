@@ -27,7 +27,8 @@ pub(crate) struct Stage<'d> {
     pub pair: &'d Pair,
     /// The key that names the component, with its configuration.
     pub component: Option<&'d Pair>,
-    /// The configuration with its references resolved; null when unsound.
+    /// The configuration with its references resolved. In that of an unsound stage defaults stand in for values at fault;
+    /// null where they cannot.
     pub config: Value,
     /// The inputs, where they are written.
     pub inputs: Option<Vec<Reference>>,
@@ -255,6 +256,7 @@ impl Reader<'_> {
             stage.config = value;
         } else {
             stage.sound = false;
+            stage.config = with_defaults(component.schema.as_value(), value, &faults).unwrap_or_default();
             tell(faults, pair.locate(""), self.text, self.diagnostics);
         }
     }
@@ -263,6 +265,21 @@ impl Reader<'_> {
         stage.sound = false;
         self.diagnostics.push(diagnostic);
     }
+}
+
+/// A configuration without the values at fault, where all of their keys have a default: what else is wrong with it can
+/// be told all the same. A key whose absence has a meaning of its own, or that is unknown, cannot be left out: problems
+/// that only follow from that would be told.
+fn with_defaults(schema: &Value, mut value: Value, faults: &[Fault]) -> Option<Value> {
+    for fault in faults {
+        let key = fault.pointer.strip_prefix('/')?.split('/').next()?.replace("~1", "/").replace("~0", "~");
+        let default = schema.get("properties")?.get(&key)?.get("default")?;
+        if default.is_null() {
+            return None;
+        }
+        value.as_object_mut()?.remove(&key);
+    }
+    Some(value)
 }
 
 fn reference(item: &Node) -> Option<Reference> {

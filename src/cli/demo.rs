@@ -41,7 +41,8 @@ pub struct Demo {
 
 impl Demo {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let pipelines = ["devices.yaml", "watch.yaml"].map(|file| self.example.join(file));
+        // Who listens before who sends: the broker keeps nothing for nobody.
+        let pipelines = ["watch.yaml", "devices.yaml"].map(|file| self.example.join(file));
         if let Some(missing) = pipelines.iter().find(|file| !file.exists()) {
             bail!("{} is not there; run the demo in the project's folder, or say --example DIR", missing.display());
         }

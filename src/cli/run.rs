@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use afferent_connectors::table::DeadLetterTable;
@@ -14,7 +15,7 @@ use afferent_engine::config::Interval;
 use afferent_engine::durable;
 use afferent_engine::metrics::Metrics;
 use afferent_engine::sabotage::Planted;
-use afferent_engine::supervisor::{DeadLetters, Options, Restore, RunError};
+use afferent_engine::supervisor::{self, CountedDeadLetters, DeadLetters, Opening, Options, Restore, RunError};
 use afferent_engine::{Ending, Runtimes};
 use afferent_pipelines::Plan;
 use anyhow::{Context, bail};
@@ -23,28 +24,36 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::files::Checked;
 use super::{FAILED, Places, colours, print};
 use crate::catalog::{self, Shared};
-use crate::live::Live;
+use crate::live::{self, Counted, Live};
 use crate::logging::{self, LogFormat};
 use crate::{broker, metrics_listener};
+
+/// How long the next pipeline waits for the sources of the one before. A broker on the network answers within it; one
+/// that is not there must not keep the others from working.
+const OPENING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Run pipelines until their input ends or Ctrl-C drains them.
 #[derive(Args)]
 #[command(after_help = "Ctrl-C or SIGTERM drains: nothing more is taken in, what has come in is processed and
 committed, and positions are kept for the next start. A second Ctrl-C stops at once.
 
+Several pipelines start in the order of their files, each when the sources of the one before
+are open: name who listens before who sends.
+
 Exit code: 0 ended or drained, 1 failed, 2 wrong usage.
 
 Examples:
   afferent run pipeline.yaml
-  afferent run --with-broker --metrics-listen 127.0.0.1:9100 devices.yaml watch.yaml
+  afferent run --with-broker --metrics-listen 127.0.0.1:9100 watch.yaml devices.yaml
   afferent run --fresh pipeline.yaml")]
 pub struct Run {
-    /// Pipeline files; each runs on its own, all in this process
+    /// Pipeline files; each runs on its own, all in this process, started in this order
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
@@ -85,17 +94,18 @@ impl Run {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let shared = self.places.shared();
         let Some(plans) = self.plans(&shared)? else { return Ok(ExitCode::from(FAILED)) };
+        let metrics = Metrics::new()?;
         // A sink that prints on the same terminal would tear the view.
         let prints = std::io::stdout().is_terminal()
             && plans.iter().flat_map(|plan| &plan.graph.nodes).any(|node| node.component == "stdout");
         let wanted = !self.no_live && !prints && self.log_format == LogFormat::Text;
-        let live = Live::new(wanted && std::io::stderr().is_terminal());
+        let live = Live::new(wanted && std::io::stderr().is_terminal(), metrics.clone());
         logging::start(self.log_format, live.writer());
         shared.log_model_runtime();
         let _lock = lock(&self.places.data.data_dir)?;
         let (io, compute) = runtimes()?;
         let runtimes = Runtimes { io: io.handle().clone(), compute: compute.handle().clone() };
-        let code = io.block_on(self.all(plans, runtimes, live));
+        let code = io.block_on(self.all(plans, runtimes, &metrics, live));
         // Tasks that hang in a client library must not keep an ended process alive.
         io.shutdown_timeout(Duration::from_secs(1));
         compute.shutdown_timeout(Duration::from_secs(1));
@@ -128,8 +138,7 @@ impl Run {
         Ok(sound.then_some(plans))
     }
 
-    async fn all(&self, plans: Vec<Plan>, runtimes: Runtimes, mut live: Live) -> anyhow::Result<ExitCode> {
-        let metrics = Metrics::new()?;
+    async fn all(&self, plans: Vec<Plan>, runtimes: Runtimes, metrics: &Metrics, mut live: Live) -> anyhow::Result<ExitCode> {
         if let Some(address) = self.with_broker {
             let bound = broker::start(address).await?;
             tracing::info!("the embedded broker serves mqtt://{bound}, in memory only");
@@ -140,13 +149,14 @@ impl Run {
         }
         let drain = CancellationToken::new();
         self.watch_signals(drain.clone())?;
-        let dead_letters: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::new(&self.places.data.data_dir)));
-        let mut running = JoinSet::new();
-        for plan in plans {
+        let table: Arc<Mutex<dyn DeadLetters>> = Arc::new(Mutex::new(DeadLetterTable::new(&self.places.data.data_dir)));
+        let mut pipelines = Vec::new();
+        for mut plan in plans {
             for path in &plan.guarantees {
                 tracing::info!(pipeline = %plan.name, "{} -> {}: {}", path.source, path.sink, path.guarantee.word());
             }
-            live.add(&plan, &metrics);
+            live.add(&plan);
+            let (dead_letters, tabled) = CountedDeadLetters::new(Arc::clone(&table));
             let options = Options {
                 store: Arc::new(Checkpoints::open(&self.checkpoints(&plan.name))?),
                 data_dir: self.places.data.data_dir.clone(),
@@ -154,23 +164,44 @@ impl Run {
                 runtimes: runtimes.clone(),
                 drain: drain.clone(),
                 drain_limit: self.drain_limit,
-                dead_letters: Some(Arc::clone(&dead_letters)),
+                dead_letters: Some(Arc::new(Mutex::new(dead_letters))),
                 restore: self.restore(),
                 seed: u64::from(std::process::id()),
                 planted: Planted::from_env(),
                 virtual_time: false,
             };
-            running.spawn(async move {
-                let ended = afferent_engine::supervisor::run(&plan.graph, &options).await;
-                (plan.name, ended)
-            });
+            let opening = Opening::watch(&mut plan.graph, &options)?;
+            pipelines.push(Pipeline { plan, options, opening, tabled });
         }
         let showing = tokio::spawn(live.show());
+        let mut running = JoinSet::new();
+        let mut pipelines = pipelines.into_iter().peekable();
+        while let Some(Pipeline { plan, options, opening, tabled }) = pipelines.next() {
+            let (name, over) = (plan.name.clone(), CancellationToken::new());
+            let ending = over.clone().drop_guard();
+            running.spawn(async move {
+                let _ending = ending;
+                let ended = supervisor::run(&plan.graph, &options).await;
+                (plan.name, ended, tabled.load(Ordering::Relaxed))
+            });
+            let Some(next) = pipelines.peek() else { break };
+            tokio::select! {
+                () = opening.complete() => {}
+                () = over.cancelled() => {}
+                () = drain.cancelled() => {}
+                () = sleep(OPENING_LIMIT) => tracing::warn!(
+                    pipeline = %name,
+                    "its sources are not open after {OPENING_LIMIT:?}; starting `{}` all the same",
+                    next.plan.name
+                ),
+            }
+        }
         let mut code = ExitCode::SUCCESS;
         let mut endings = Vec::new();
         while let Some(joined) = running.join_next().await {
-            let (name, ended) = joined.context("a pipeline ended abruptly")?;
-            endings.push(self.tell(&name, ended, &mut code));
+            let (name, ended, tabled) = joined.context("a pipeline ended abruptly")?;
+            let aside = aside(tabled, &live::dropped(&metrics.render(), &name));
+            endings.push(self.tell(&name, ended, &aside, &mut code));
         }
         showing.abort();
         // The live view leaves its last picture; what it came to goes below.
@@ -181,10 +212,13 @@ impl Run {
         Ok(code)
     }
 
-    fn tell(&self, name: &str, ended: Result<Ending, RunError>, code: &mut ExitCode) -> String {
+    /// The last line of a pipeline; `aside` is what did not arrive at a sink.
+    fn tell(&self, name: &str, ended: Result<Ending, RunError>, aside: &str, code: &mut ExitCode) -> String {
         match ended {
-            Ok(Ending::Ended) => format!("{name}: ended, all input read and committed"),
-            Ok(Ending::Drained) => format!("{name}: drained, everything taken in is committed; run again to go on"),
+            Ok(Ending::Ended) => format!("{name}: ended, all input read and committed{aside}"),
+            Ok(Ending::Drained) => {
+                format!("{name}: drained, everything taken in is committed{aside}; run again to go on")
+            }
             Err(RunError::AlreadyRead) => format!("{name}: input already read; --fresh starts over"),
             Err(error) => {
                 *code = ExitCode::from(FAILED);
@@ -240,6 +274,28 @@ impl Run {
     }
 }
 
+/// A pipeline that is ready to be started.
+struct Pipeline {
+    plan: Plan,
+    options: Options,
+    opening: Opening,
+    /// Rows that went to the dead-letter table.
+    tabled: Arc<AtomicU64>,
+}
+
+/// What the last line says of rows that took another way than to a sink; nothing when there are none.
+fn aside(tabled: u64, dropped: &Counted) -> String {
+    let rows = |count: u64| if count == 1 { "1 row".to_owned() } else { format!("{count} rows") };
+    let mut told = Vec::new();
+    if tabled > 0 {
+        told.push(format!("{} in dead_letters", rows(tabled)));
+    }
+    if !dropped.is_empty() {
+        told.push(format!("{} dropped ({})", rows(dropped.rows()), dropped.reasons()));
+    }
+    if told.is_empty() { String::new() } else { format!("; {}", told.join(", ")) }
+}
+
 /// One thread serves sockets and waits, the others compute.
 fn runtimes() -> anyhow::Result<(Runtime, Runtime)> {
     let io = Builder::new_multi_thread().worker_threads(1).thread_name("io").enable_all().build()?;
@@ -267,4 +323,19 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
         );
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_names_what_did_not_arrive() {
+        let metrics = Metrics::new().unwrap();
+        let told = |tabled| aside(tabled, &live::dropped(&metrics.render(), "p"));
+        assert_eq!(told(0), "");
+        assert_eq!(told(1), "; 1 row in dead_letters");
+        metrics.stage("p", "w").dropped("incomplete_window").inc_by(5);
+        assert_eq!(told(2), "; 2 rows in dead_letters, 5 rows dropped (w: incomplete_window)");
+    }
 }

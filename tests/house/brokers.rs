@@ -52,9 +52,11 @@ fn the_window_of_mosquitto_by_default_does_not_stall_the_pipeline() {
     let began = Instant::now();
     broker.publish_lines("plant/n/p/v", &lines);
     wait_until("all rows are there", Duration::from_secs(60), || scratch.number("select count(*) from readings") == 3000);
-    // A figure for the log, not an assertion: machines differ.
-    println!("3000 messages with 20 in flight, durable in the table: {:.0} messages/s", 3000.0 / began.elapsed().as_secs_f64());
+    let took = began.elapsed();
+    println!("3000 messages with 20 in flight, durable in the table: {:.0} messages/s", 3000.0 / took.as_secs_f64());
     running.drain();
+    // The one assertion about time: 500 messages a second is what is promised with mosquitto as it comes.
+    assert!(took < Duration::from_secs(6), "3000 messages took {took:?}, which is less than 500 a second");
 }
 
 #[test]

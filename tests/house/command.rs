@@ -231,6 +231,36 @@ fn a_bounded_pipeline_is_read_once_until_fresh() {
 }
 
 #[test]
+fn the_last_line_names_what_was_rejected_or_dropped() {
+    let scratch = Scratch::new();
+    let rows: String = (0..15).map(|id| format!("{{\"id\":{id}}}\n")).collect();
+    scratch.write("rows.jsonl", rows + "{\"id\":\"x\"}\n");
+    let text = "name: losing\nsources:\n  rows: { file: { path: rows.jsonl, schema: { id: int64 } } }\noperators:\n  \
+                w: { window: { rows: 10, select: [max(id) as id] } }\nsinks:\n  out: { discard: {} }\n";
+    let told = told(&scratch.run(&[&scratch.write("losing.yaml", text)]));
+    let last = "losing: ended, all input read and committed; 1 row in dead_letters, 5 rows dropped (w: incomplete_window)";
+    assert_eq!(told.lines().last(), Some(last), "{told}");
+    assert_eq!(scratch.number("select count(*) from dead_letters"), 1);
+}
+
+#[test]
+fn a_pipeline_whose_source_does_not_open_holds_the_next_one_up_for_some_seconds_only() {
+    let scratch = Scratch::new();
+    let listening = "name: listening\nsources:\n  nobody: { mqtt: { url: \"mqtt://127.0.0.1:1\", topics: [a] } }\n\
+                     sinks:\n  out: { discard: {} }\n";
+    let files = [scratch.write("listening.yaml", listening), scratch.write("pairs.yaml", PAIRS)];
+    let running = scratch.start("run", &[&files[0], &files[1]], |_| {});
+    let told = "its sources are not open after 5s; starting `pairs` all the same";
+    wait_until("it goes on", Duration::from_secs(20), || scratch.log("run").contains(told));
+    wait_until("the second has run", Duration::from_secs(20), || {
+        let ended = scratch.data_dir().join("tables/pairs/_delta_log/00000000000000000000.json").exists();
+        ended && scratch.number("select count(*) from pairs") == 50
+    });
+    running.drain();
+    assert!(scratch.log("run").contains("listening: drained"), "{}", scratch.log("run"));
+}
+
+#[test]
 fn a_data_directory_belongs_to_one_process() {
     let scratch = Scratch::new();
     let (first, second) = (scratch.write("stuck.yaml", HOLDING), scratch.write("pairs.yaml", PAIRS));

@@ -71,6 +71,42 @@ fn every_window_arrives_over_mqtt() {
     equal_exercises(&scratch);
 }
 
+/// The README's own command, at full speed and on a free port: nothing that a device sends comes before the watch listens.
+#[test]
+fn the_command_of_the_readme_with_the_embedded_broker_gives_every_window() {
+    let readme = std::fs::read_to_string(example("exercise-watch/README.md")).unwrap();
+    let command = readme.lines().find(|line| line.contains(" run --with-broker")).unwrap();
+    let (setting, arguments) = command.split_once(" afferent run ").unwrap();
+    assert_eq!(setting, "PACE=10x", "{command}");
+    let (scratch, address) = (Scratch::new(), format!("127.0.0.1:{}", free_port()));
+    let log = std::fs::File::create(scratch.path("run.log")).unwrap();
+    let mut run = scratch.afferent("run");
+    run.current_dir(root()).env("PACE", "max").env("MQTT_URL", format!("mqtt://{address}"));
+    run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    let mut arguments = arguments.split(' ');
+    while let Some(argument) = arguments.next() {
+        match argument {
+            "--with-broker" => run.arg(format!("--with-broker={address}")),
+            // Until everything is there, however slow the machine.
+            "--for" => {
+                arguments.next();
+                run.args(["--for", "600s"])
+            }
+            _ => run.arg(argument),
+        };
+    }
+    let running = Running(run.spawn().unwrap());
+    wait_until("every window is there", LIMIT * 2, || {
+        let log = scratch.log("run");
+        assert!(!log.contains("not open after"), "{log}");
+        count(&scratch, "exercises") >= WINDOWS
+    });
+    running.drain();
+    let log = scratch.log("run");
+    assert!(log.contains("exercise-devices: ended") && log.contains("exercise-watch: drained"), "{log}");
+    equal_exercises(&scratch);
+}
+
 #[test]
 fn doubtful_windows_are_explained_over_mqtt() {
     let (broker, scratch, model) = (Mosquitto::start(""), Scratch::new(), LanguageModel::start(&[]));

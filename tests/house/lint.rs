@@ -12,7 +12,7 @@ use crate::generated::{faults, pipelines_in, validator, yaml};
 use crate::tools::{Scratch, afferent, root, succeed, told};
 
 /// What the cases are about, and the codes that each must show; a new text cannot lose them.
-const CASES: [(&str, &[&str]); 18] = [
+const CASES: [(&str, &[&str]); 20] = [
     ("ambiguous-input", &["ambiguous-input"]),
     ("cycle", &["cycle"]),
     ("different-schemas", &["different-schemas", "duplicate-input"]),
@@ -21,8 +21,26 @@ const CASES: [(&str, &[&str]); 18] = [
     ("missing-input", &["missing-input"]),
     ("missing-model", &["missing-model"]),
     ("missing-variable", &["missing-variable"]),
+    (
+        "problems-in-every-stage",
+        &[
+            "bad-item",
+            "bad-step",
+            "bad-value",
+            "broker-url",
+            "invalid-name",
+            "invalid-value",
+            "missing-file",
+            "missing-model",
+            "qos-2",
+            "refused-sql",
+            "topic-template",
+            "unknown-column",
+        ],
+    ),
     ("refused-sql", &["invalid-sql", "refused-sql"]),
     ("several-problems", &["invalid-value", "missing-key", "unknown-key", "unknown-stage", "wrong-type"]),
+    ("state-behind-group", &["state-behind-group"]),
     ("syntax-error", &["syntax"]),
     ("topic-captures", &["topic-captures", "topic-pattern"]),
     ("unknown-column", &["unknown-column"]),

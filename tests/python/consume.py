@@ -8,6 +8,7 @@ bytes are text in UTF-8. Exit 1, with what it got so far, when SECONDS (60) have
 """
 
 import json
+import signal
 import sys
 import time
 import uuid
@@ -49,6 +50,8 @@ def main() -> int:
             "headers": {name: text(value) for name, value in message.headers() or []},
         })
     consumer.close()
+    # When whoever reads this has seen enough (`| head`), it ends without a word, as any other command does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for record in sorted(records, key=lambda record: (record["partition"], record["offset"])):
         print(json.dumps(record, ensure_ascii=False))
     complete = len(records) >= count and len(ended) == len(partitions)

@@ -267,7 +267,7 @@ impl FileSource {
         let rejected: Vec<Rejected> = rejected
             .into_iter()
             .map(|line| Rejected {
-                code: "malformed",
+                code: line.fault.code(),
                 reason: line.reason,
                 position: format!("{}:{}", self.place.file, line.row + first_line),
                 given: Given::Bytes(line.bytes),

@@ -39,16 +39,12 @@ impl SinkConfig for FileSinkConfig {
     const NAME: &'static str = "file";
     const EXAMPLE: &'static str = "file: { path: \"out/results.jsonl\" }";
 
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        self.written_format().err().into_iter().collect()
+    }
+
     fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<SinkPlan> {
-        if self.path.trim().is_empty() {
-            return Err(vec![Problem::new("bad-value", "/path", "the path is empty")]);
-        }
-        let Some(format) = self.format.or_else(|| by_extension(Path::new(&self.path))) else {
-            let problem =
-                Problem::new("missing-format", "", format!("the extension of `{}` does not tell its format", self.path));
-            let help = format!("write `format: json_lines`, `csv`, `parquet` or `arrow`; known extensions are {EXTENSIONS}");
-            return Err(vec![problem.help(help)]);
-        };
+        let format = self.written_format().map_err(|problem| vec![problem])?;
         let schema = one_schema(inputs).map_err(|problem| vec![problem])?;
         FileWriter::create(Vec::<u8>::new(), format, Arc::clone(&schema)).map_err(|error| {
             let problem =
@@ -69,6 +65,20 @@ impl SinkConfig for FileSinkConfig {
                 };
                 Ok(sink)
             }),
+        })
+    }
+}
+
+impl FileSinkConfig {
+    /// The format that is written, or that the extension tells.
+    fn written_format(&self) -> std::result::Result<FileFormat, Problem> {
+        if self.path.trim().is_empty() {
+            return Err(Problem::new("bad-value", "/path", "the path is empty"));
+        }
+        self.format.or_else(|| by_extension(Path::new(&self.path))).ok_or_else(|| {
+            let message = format!("the extension of `{}` does not tell its format", self.path);
+            let help = format!("write `format: json_lines`, `csv`, `parquet` or `arrow`; known extensions are {EXTENSIONS}");
+            Problem::new("missing-format", "", message).help(help)
         })
     }
 }

@@ -195,6 +195,7 @@ impl SourceConfig for FileSourceConfig {
             replay: Replay::Exact,
             bounded: true,
             in_flight: None,
+            moves: None,
             build: Arc::new(move |_: &BuildContext| -> afferent_engine::Result<Box<dyn Source>> {
                 Ok(Box::new(FileSource::new(Arc::clone(&input))))
             }),

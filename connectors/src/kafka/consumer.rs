@@ -1,6 +1,7 @@
 //! The thread that owns a source's Kafka consumer: polls it, turns records into batches, commits what has become
-//! durable, and answers the group's rebalances. It is a thread because librdkafka calls back from within a poll,
-//! and a rebalance may have to ask brokers or wait for the pipeline, which must not happen on an I/O thread.
+//! durable, and answers the group's rebalances, or takes the partitions that are written down. It is a thread
+//! because librdkafka calls back from within a poll, and a rebalance may have to ask brokers or wait for the
+//! pipeline, which must not happen on an I/O thread.
 //!
 //! *When the source is not pulled* the thread holds one finished batch and waits for room. After a moment it pauses
 //! the partitions and goes on polling, so that the consumer stays a member of its group however long a sink is
@@ -30,7 +31,8 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::ownership::{Offsets, Ownership, Reset};
-use super::reach::{is_logged, log_line};
+use super::partitions::Partitions;
+use super::reach::{judge, log_line};
 use crate::messages::{Message, Messages};
 
 /// How long one poll waits; commits and the end of the thread wait as long at most.
@@ -42,6 +44,8 @@ const QUESTION: Duration = Duration::from_secs(10);
 /// How long the group waits for us to finish what we have of partitions that are taken away. Well below
 /// `max.poll.interval.ms` (5 minutes), within which a member must answer.
 const DRAIN: Duration = Duration::from_secs(10);
+/// How long partitions are waited for before it is told.
+const BEFORE_TELLING: Duration = Duration::from_secs(5);
 /// Bytes after which a batch is handed on.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
@@ -325,6 +329,8 @@ pub(super) struct Reader {
     pub consumer: BaseConsumer<Group>,
     pub shared: Arc<Shared>,
     pub chunks: mpsc::Sender<Chunk>,
+    pub topics: Vec<String>,
+    pub partitions: Partitions,
     pub schema: SchemaRef,
     pub batch_rows: usize,
     pub stop_at_end: bool,
@@ -352,8 +358,16 @@ impl Reader {
             revocations: 0,
         };
         let mut ended = false;
+        if let Err(error) = self.take_partitions() {
+            self.fail_later(error);
+        }
+        let mut waiting = Some(Instant::now());
         while !self.closing() && !self.chunks.is_closed() {
             self.commit_news(CommitMode::Async);
+            if waiting.is_some_and(|since| since.elapsed() >= BEFORE_TELLING) {
+                waiting = None;
+                self.tell_waiting();
+            }
             let step = self.gather(&mut gathered).and_then(|()| self.hand_over(&mut gathered));
             if let Err(error) = step {
                 self.send(Chunk::Failed(error), &mut gathered);
@@ -367,6 +381,35 @@ impl Reader {
         // Dropping the consumer leaves the group; the callback of that must not wait for anybody any more.
         self.shared.close();
         debug!("kafka consumer closes");
+    }
+
+    /// Takes the partitions that are written down, each from where it is to begin; those of a group come by themselves.
+    /// Asks brokers.
+    fn take_partitions(&self) -> Result<()> {
+        if self.partitions == Partitions::Group {
+            return Ok(());
+        }
+        let mut list = TopicPartitionList::new();
+        for topic in &self.topics {
+            let told = self.consumer.fetch_metadata(Some(topic.as_str()), QUESTION).map_err(Error::fatal)?;
+            let present: BTreeSet<i32> =
+                told.topics().iter().flat_map(|topic| topic.partitions()).map(|partition| partition.id()).collect();
+            for partition in self.partitions.of(topic, &present)? {
+                list.add_partition(topic, partition);
+            }
+        }
+        let taken = self.consumer.context().assign(&self.consumer, &list, false);
+        taken.map_err(|cause| Error::fatal(cause).context("taking the partitions that are written down"))
+    }
+
+    /// Says so when the group has not given us anything yet.
+    fn tell_waiting(&self) {
+        if !self.shared.state().ownership.assigned {
+            warn!(
+                topics = ?self.topics,
+                "waiting for the group's partitions: they are still with a member that has them, or whose session has not ended"
+            );
+        }
     }
 
     fn closing(&self) -> bool {
@@ -513,43 +556,9 @@ fn add(record: &BorrowedMessage<'_>, gathered: &mut Gathered) -> Result<()> {
     Ok(())
 }
 
-/// Tells errors that pass from those that do not: librdkafka reports both and goes on by itself after the former.
-fn judge(error: KafkaError) -> Result<()> {
-    match error {
-        KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset) => Err(Error::fatal(
-            "a position is no longer in the topic: its records were deleted before they were read; \
-             `options: { auto.offset.reset: earliest }` goes on behind the gap",
-        )),
-        KafkaError::MessageConsumption(
-            RDKafkaErrorCode::TopicAuthorizationFailed
-            | RDKafkaErrorCode::GroupAuthorizationFailed
-            | RDKafkaErrorCode::ClusterAuthorizationFailed
-            | RDKafkaErrorCode::Authentication
-            | RDKafkaErrorCode::SaslAuthenticationFailed,
-        )
-        | KafkaError::MessageConsumptionFatal(_) => Err(Error::fatal(error)),
-        passing => {
-            if is_logged(&passing) {
-                debug!(error = %passing, "kafka consumer reports an error and goes on");
-            } else {
-                warn!(error = %passing, "kafka consumer reports an error and goes on");
-            }
-            Ok(())
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn errors_that_pass_are_told_from_those_that_do_not() {
-        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)).is_ok());
-        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::GroupAuthorizationFailed)).is_err());
-        let gap = judge(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)).unwrap_err();
-        assert!(gap.to_string().contains("auto.offset.reset"));
-    }
 
     #[test]
     fn the_position_is_the_stored_one_until_there_is_news() {

@@ -145,6 +145,36 @@ pub(super) fn log_line(level: RDKafkaLogLevel, facility: &str, line: &str) {
     }
 }
 
+/// Tells errors that pass from those that do not: librdkafka reports both and goes on by itself after the former.
+pub(super) fn judge(error: KafkaError) -> Result<()> {
+    match error {
+        KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset) => Err(Error::fatal(
+            "a position is no longer in the topic: its records were deleted before they were read; \
+             `options: { auto.offset.reset: earliest }` goes on behind the gap",
+        )),
+        KafkaError::MessageConsumptionFatal(RDKafkaErrorCode::FencedInstanceId) => Err(Error::fatal(
+            "another process reads as the same member of the group (`group.instance.id`), which a data directory has of its \
+             own: does it run on a copy of this one?",
+        )),
+        KafkaError::MessageConsumption(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::Authentication
+            | RDKafkaErrorCode::SaslAuthenticationFailed,
+        )
+        | KafkaError::MessageConsumptionFatal(_) => Err(Error::fatal(error)),
+        passing => {
+            if is_logged(&passing) {
+                debug!(error = %passing, "kafka consumer reports an error and goes on");
+            } else {
+                warn!(error = %passing, "kafka consumer reports an error and goes on");
+            }
+            Ok(())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use afferent_engine::Class;
@@ -183,5 +213,15 @@ mod tests {
         assert!(error.to_string().contains("connection refused"), "{error}");
         assert!(Trouble::default().verdict(timed_out(), false).is_none());
         assert!(Trouble::default().verdict(timed_out(), true).is_some());
+    }
+
+    #[test]
+    fn errors_that_pass_are_told_from_those_that_do_not() {
+        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::BrokerTransportFailure)).is_ok());
+        assert!(judge(KafkaError::MessageConsumption(RDKafkaErrorCode::GroupAuthorizationFailed)).is_err());
+        let gap = judge(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)).unwrap_err();
+        assert!(gap.to_string().contains("auto.offset.reset"));
+        let fenced = judge(KafkaError::MessageConsumptionFatal(RDKafkaErrorCode::FencedInstanceId)).unwrap_err();
+        assert!(fenced.to_string().contains("a copy of this one"), "{fenced}");
     }
 }

@@ -75,24 +75,12 @@ impl SinkConfig for KafkaSinkConfig {
     const NAME: &'static str = "kafka";
     const EXAMPLE: &'static str = "kafka: { brokers: [\"localhost:9092\"], topic: alerts, key: device, format: json }";
 
+    fn check(&self, context: &PlanContext) -> Vec<Problem> {
+        self.checked(context).2
+    }
+
     fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<SinkPlan> {
-        let own = [
-            ("enable.idempotence", "true".to_owned()),
-            ("acks", "all".to_owned()),
-            ("message.timeout.ms", "0".to_owned()),
-            ("queue.buffering.max.messages", MOST_RECORDS.to_owned()),
-            ("queue.buffering.max.kbytes", (self.buffer_bytes.0 / 1024).clamp(1, 2_147_483_647).to_string()),
-            ("client.id", format!("afferent-{}-{}", context.pipeline, context.stage)),
-        ];
-        let mut cluster = self.cluster();
-        let mut problems = cluster.check(&own, context);
-        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if self.topic.is_empty() || self.topic.len() > 249 || !self.topic.chars().all(legal) {
-            problems.push(
-                Problem::new("topic-name", "/topic", format!("`{}` is not the name of a Kafka topic", self.topic))
-                    .help("letters, digits, `.`, `_` and `-`, up to 249 of them"),
-            );
-        }
+        let (cluster, own, mut problems) = self.checked(context);
         let mut routes = Vec::new();
         for input in inputs {
             match self.route(input) {
@@ -126,6 +114,28 @@ impl SinkConfig for KafkaSinkConfig {
 }
 
 impl KafkaSinkConfig {
+    /// The cluster, the options that are set for it, and what is wrong with the settings whatever arrives.
+    fn checked(&self, context: &PlanContext) -> (Cluster, [(&'static str, String); 6], Vec<Problem>) {
+        let own = [
+            ("enable.idempotence", "true".to_owned()),
+            ("acks", "all".to_owned()),
+            ("message.timeout.ms", "0".to_owned()),
+            ("queue.buffering.max.messages", MOST_RECORDS.to_owned()),
+            ("queue.buffering.max.kbytes", (self.buffer_bytes.0 / 1024).clamp(1, 2_147_483_647).to_string()),
+            ("client.id", format!("afferent-{}-{}", context.pipeline, context.stage)),
+        ];
+        let mut cluster = self.cluster();
+        let mut problems = cluster.check(&own, context);
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if self.topic.is_empty() || self.topic.len() > 249 || !self.topic.chars().all(legal) {
+            problems.push(
+                Problem::new("topic-name", "/topic", format!("`{}` is not the name of a Kafka topic", self.topic))
+                    .help("letters, digits, `.`, `_` and `-`, up to 249 of them"),
+            );
+        }
+        (cluster, own, problems)
+    }
+
     fn route(&self, input: &Input) -> Planned<Route> {
         let schema = &input.schema;
         let mut problems = Vec::new();

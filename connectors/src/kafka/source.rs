@@ -1,6 +1,7 @@
-//! The `kafka` source: records as rows of the message schema, read as a member of a consumer group. The engine
-//! pulls; a thread polls the consumer. The invariant: the group's committed offset never passes a record whose
-//! rows are not durable, and nothing is committed for a partition that is not ours.
+//! The `kafka` source: records as rows of the message schema, read as a member of a consumer group or from the
+//! partitions that are written down. The engine pulls; a thread polls the consumer. The invariant: the group's
+//! committed offset never passes a record whose rows are not durable, and nothing is committed for a partition that
+//! is not ours.
 
 use std::sync::Arc;
 use std::thread;
@@ -23,20 +24,28 @@ use tracing::warn;
 
 use super::config::with_brokers;
 use super::consumer::{Beginning, Chunk, Group, Reader, Shared};
+use super::member::Member;
 use super::ownership::{Offsets, Reset};
+use super::partitions::Partitions;
 use super::reach::reach;
 
 /// Batches that wait for the engine at most.
 const WAITING: usize = 2;
 /// How long the last commit and leaving the group may take.
 const GOODBYE: Duration = Duration::from_secs(15);
+/// The option of librdkafka that names a member of the group.
+const INSTANCE: &str = "group.instance.id";
 
 with_brokers! {
     /// Reads records from Kafka topics. Each record is a row: `payload`, `key`, `topic`, `timestamp`, `headers`, `partition`
     /// and `offset`; a record without a value (a tombstone) has an empty payload.
     ///
-    /// The source joins a consumer group, so that identical processes divide the partitions among them. In each
-    /// partition it goes on where the pipeline's last stored epoch stands or where the group stands, whichever is
+    /// The source joins a consumer group, so that identical processes divide the partitions among them. It is known
+    /// there by a name that it keeps in the data directory (`group.instance.id`), so that after a crash it has its
+    /// partitions back at once. What such a source reads cannot go to a stage that holds rows (`window`, `batch`),
+    /// because partitions may move to another process at any time: for that, say which ones with `partitions`.
+    ///
+    /// In each partition it goes on where the pipeline's last stored epoch stands or where the group stands, whichever is
     /// further; where neither is known, `start` says. When the partition does not hold that offset (its records were
     /// deleted before they were read, or the topic was made anew) the pipeline fails, unless
     /// `options: { auto.offset.reset: earliest }` (or `latest`) says where to go on; this is logged, and the records
@@ -47,6 +56,12 @@ with_brokers! {
         /// The consumer group; by default `afferent-<pipeline>`.
         #[serde(default)]
         group: Option<String>,
+        /// Which partitions are read. `group`: those that the group gives this process. `all`: all that the topics have
+        /// when the source opens, for a single process; a list: these of each topic, for one of several processes with
+        /// a list of its own each. The last two take no part in the group but commit their offsets to it, so no other
+        /// process may be a member of it.
+        #[serde(default)]
+        partitions: Partitions,
         /// Where to begin in a partition for which neither the pipeline nor the group knows an offset.
         #[serde(default)]
         start: Start,
@@ -106,6 +121,10 @@ impl SourceConfig for KafkaSourceConfig {
     const NAME: &'static str = "kafka";
     const EXAMPLE: &'static str = "kafka: { brokers: [\"localhost:9092\"], topics: [readings], start: earliest }";
 
+    fn declares(&self) -> Option<SchemaRef> {
+        Some(message::schema(&[]))
+    }
+
     fn plan(self, context: &PlanContext) -> Planned<SourcePlan> {
         let group = self.group.clone().unwrap_or_else(|| format!("afferent-{}", context.pipeline));
         let own = [
@@ -159,9 +178,18 @@ impl SourceConfig for KafkaSourceConfig {
             replay: Replay::Exact,
             bounded: self.stop_at_end,
             in_flight: None,
+            moves: (self.partitions == Partitions::Group).then(|| {
+                "write `partitions: all` there if one process reads the topics, else the partitions of each process, \
+                 such as `partitions: [0, 1]`"
+                    .to_owned()
+            }),
             build: Arc::new(move |context: &BuildContext| {
+                // Who reads to the end leaves for good: a name would keep the partitions from the others meanwhile.
+                let named = self.partitions == Partitions::Group && !self.stop_at_end;
                 Ok(Box::new(KafkaSource {
                     config: cluster.client(&own)?,
+                    member: named.then(|| Member::of(context)),
+                    partitions: self.partitions.clone(),
                     unread: context.dropped("offset_reset"),
                     topics: self.topics.clone(),
                     beginning,
@@ -185,8 +213,11 @@ struct Running {
 
 struct KafkaSource {
     config: ClientConfig,
+    /// Who we are in the group, if that is to be known.
+    member: Option<Member>,
     unread: IntCounter,
     topics: Vec<String>,
+    partitions: Partitions,
     beginning: Beginning,
     batch_rows: usize,
     stop_at_end: bool,
@@ -205,16 +236,26 @@ impl KafkaSource {
             reset: Reset::of(self.config.get("auto.offset.reset")),
             unread: self.unread.clone(),
         };
+        let mut config = self.config.clone();
+        if let Some(member) = &self.member
+            && config.get(INSTANCE).is_none()
+        {
+            config.set(INSTANCE, member.name()?);
+        }
         let consumer: BaseConsumer<Group> =
-            self.config.create_with_context(group).map_err(|e| Error::fatal(e).context("making a kafka consumer"))?;
-        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
-        consumer.subscribe(&topics).map_err(|e| Error::fatal(e).context(format!("subscribing to {topics:?}")))?;
+            config.create_with_context(group).map_err(|e| Error::fatal(e).context("making a kafka consumer"))?;
+        if self.partitions == Partitions::Group {
+            let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+            consumer.subscribe(&topics).map_err(|e| Error::fatal(e).context(format!("subscribing to {topics:?}")))?;
+        }
         let (sender, chunks) = mpsc::channel(WAITING);
         let (done_sender, done) = oneshot::channel();
         let reader = Reader {
             consumer,
             shared: Arc::clone(&shared),
             chunks: sender,
+            topics: self.topics.clone(),
+            partitions: self.partitions.clone(),
             schema: Arc::clone(&self.schema),
             batch_rows: self.batch_rows,
             stop_at_end: self.stop_at_end,
@@ -224,9 +265,10 @@ impl KafkaSource {
             // Nobody may be waiting any more.
             let _ = done_sender.send(());
         };
+        let span = tracing::Span::current();
         thread::Builder::new()
             .name("kafka-consumer".to_owned())
-            .spawn(run)
+            .spawn(move || span.in_scope(run))
             .map_err(|e| Error::retry(e).context("starting a kafka consumer's thread"))?;
         self.running = Some(Running { shared, chunks, done });
         Ok(())
@@ -242,7 +284,9 @@ impl Source for KafkaSource {
             let (mut config, topics) = (self.config.clone(), self.topics.clone());
             // Without a group it neither joins one nor closes slowly.
             config.remove("group.id");
-            tokio::task::spawn_blocking(move || reach(&config, &topics))
+            config.remove(INSTANCE);
+            let span = tracing::Span::current();
+            tokio::task::spawn_blocking(move || span.in_scope(|| reach(&config, &topics)))
         });
         let reached = probe.await;
         self.probe = None;
@@ -327,6 +371,19 @@ mod tests {
         assert_eq!(plan.schema, message::schema(&[]));
         assert_eq!(plan.replay, Replay::Exact);
         assert!(!plan.bounded);
+    }
+
+    #[test]
+    fn only_the_partitions_of_a_group_may_move() {
+        let moves = |partitions: &str| {
+            let json = format!(r#"{{"brokers":["h:1"],"topics":["a"]{partitions}}}"#);
+            planned(&json).map_err(|p| format!("{p:?}")).unwrap().moves
+        };
+        assert!(moves("").is_some_and(|help| help.contains("`partitions: all`")));
+        assert!(moves(r#","partitions":"group","stop_at_end":true"#).is_some());
+        assert_eq!(moves(r#","partitions":"all""#), None);
+        assert_eq!(moves(r#","partitions":[0,3]"#), None);
+        assert!(serde_json::from_str::<KafkaSourceConfig>(r#"{"brokers":["h:1"],"topics":["a"],"partitions":[]}"#).is_err());
     }
 
     #[test]

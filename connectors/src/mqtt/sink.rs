@@ -13,7 +13,7 @@ use arrow::array::{Array, RecordBatch};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tracing::warn;
+use tracing::{Instrument, warn};
 
 use super::config::{Connection, Qos, refuse_exactly_once, with_connection};
 use super::publisher::{Outgoing, Publisher, Settled};
@@ -68,29 +68,27 @@ impl SinkConfig for MqttSinkConfig {
     const NAME: &'static str = "mqtt";
     const EXAMPLE: &'static str = "mqtt: { url: \"mqtt://localhost:1883\", topic: \"results/{device}/label\", format: json }";
 
+    fn check(&self, context: &PlanContext) -> Vec<Problem> {
+        self.checked(context).1
+    }
+
     fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<SinkPlan> {
-        let mut connection = self.connection();
-        let mut problems = connection.check(context);
-        problems.extend(refuse_exactly_once(self.qos));
-        if self.in_flight == 0 {
-            problems.push(Problem::new("bad-value", "/in_flight", "it must be at least 1"));
-        }
-        if self.max_payload.0 == 0 || self.max_payload > ByteSize::mib(256) {
-            problems.push(Problem::new(
-                "bad-value",
-                "/max_payload",
-                format!("{} is not between 1B and 256MiB, which the protocol carries", self.max_payload),
-            ));
-        }
+        let (connection, mut problems) = self.checked(context);
         let mut routes = Vec::new();
         for input in inputs {
-            let template = Template::parse(&self.topic, &input.schema, "/topic").map_err(|found| problems.extend(found));
-            let payloads = Payloads::plan(self.format, &input.schema).map_err(|found| problems.push(found));
+            let mut found = Vec::new();
+            let template = Template::parse(&self.topic, &input.schema, "/topic").map_err(|more| found.extend(more));
+            let payloads = Payloads::plan(self.format, &input.schema).map_err(|one| found.push(one));
             if let (Ok(template), Ok(payloads)) = (template, payloads) {
                 routes.push(Route { template, payloads });
             }
+            // Several inputs may have the same problem, and the text of the topic has been looked at already.
+            for problem in found {
+                if !problems.contains(&problem) {
+                    problems.push(problem);
+                }
+            }
         }
-        problems.dedup();
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -120,6 +118,27 @@ impl SinkConfig for MqttSinkConfig {
                 Ok(Box::new(sink) as Box<dyn Sink>)
             }),
         })
+    }
+}
+
+impl MqttSinkConfig {
+    /// The connection, and what is wrong with the settings whatever arrives.
+    fn checked(&self, context: &PlanContext) -> (Connection, Vec<Problem>) {
+        let mut connection = self.connection();
+        let mut problems = connection.check(context);
+        problems.extend(refuse_exactly_once(self.qos));
+        if self.in_flight == 0 {
+            problems.push(Problem::new("bad-value", "/in_flight", "it must be at least 1"));
+        }
+        if self.max_payload.0 == 0 || self.max_payload > ByteSize::mib(256) {
+            problems.push(Problem::new(
+                "bad-value",
+                "/max_payload",
+                format!("{} is not between 1B and 256MiB, which the protocol carries", self.max_payload),
+            ));
+        }
+        problems.extend(Template::check(&self.topic, "/topic"));
+        (connection, problems)
     }
 }
 
@@ -167,7 +186,7 @@ impl MqttSink {
             largest_packet: largest_sender,
             refusals: Arc::clone(&self.refusals),
         };
-        Ok(Running { messages, settled, standing, largest_packet, task: tokio::spawn(publisher.run()) })
+        Ok(Running { messages, settled, standing, largest_packet, task: tokio::spawn(publisher.run().in_current_span()) })
     }
 
     fn running(&mut self) -> Result<&mut Running> {
@@ -313,6 +332,16 @@ mod tests {
 
     fn problems(json: &str) -> Vec<String> {
         planned(json, &inputs("device")).err().unwrap_or_default().into_iter().map(|problem| problem.path).collect()
+    }
+
+    #[test]
+    fn what_needs_no_columns_is_checked_without_inputs() {
+        let text = r#"{"url":"http://x","topic":"a/#/{device}","qos":"exactly_once"}"#;
+        let config: MqttSinkConfig = serde_json::from_str(text).unwrap();
+        let paths: Vec<_> = config.check(&PlanContext::default()).into_iter().map(|problem| problem.path).collect();
+        assert_eq!(paths, ["/url", "/qos", "/topic"]);
+        // With inputs it is told once, and what they lack besides.
+        assert_eq!(problems(text), ["/url", "/qos", "/topic", ""]);
     }
 
     #[test]

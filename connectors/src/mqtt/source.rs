@@ -8,13 +8,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use afferent_engine::component::{BuildContext, PlanContext, Planned, Problem, Replay, SourceConfig, SourcePlan};
 use afferent_engine::config::{ByteSize, Interval};
 use afferent_engine::{Batch, Error, Given, Position, Pulled, Rejected, Result, Source, message};
+use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 
 use super::ack::{Mark, USUAL_WINDOW};
 use super::config::{Protocol, Qos, refuse_exactly_once, with_connection};
@@ -110,6 +111,11 @@ impl SourceConfig for MqttSourceConfig {
     const EXAMPLE: &'static str =
         "mqtt: { url: \"mqtt://localhost:1883\", topics: [\"plant/{site}/{device}/vibration\"], qos: at_least_once }";
 
+    fn declares(&self) -> Option<SchemaRef> {
+        let patterns = Patterns::parse(&self.topics, "/topics").ok()?;
+        Some(message::schema(patterns.captures()))
+    }
+
     fn plan(self, context: &PlanContext) -> Planned<SourcePlan> {
         let mut connection = self.connection();
         let mut problems = connection.check(context);
@@ -156,6 +162,7 @@ impl SourceConfig for MqttSourceConfig {
             replay,
             bounded: false,
             in_flight,
+            moves: None,
             build: Arc::new(move |context: &BuildContext| {
                 let dial = connection.dial(kept.then_some(self.session_expiry.0), self.receive_maximum, 1)?;
                 let inbox = Arc::new(Inbox::new(usize::from(self.receive_maximum), self.buffer_bytes.as_usize()));
@@ -220,7 +227,7 @@ impl Source for MqttSource {
             if let Some(Position(position)) = from {
                 info!(%position, "an mqtt source cannot go back; the broker sends again what was not acknowledged");
             }
-            self.task = Some(tokio::spawn(subscriber.run()));
+            self.task = Some(tokio::spawn(subscriber.run().in_current_span()));
         }
         // The task goes on trying whatever becomes of this call; a second call waits for its next report.
         loop {

@@ -78,7 +78,9 @@ pub async fn commit_when_due(
 pub async fn commit(delta: Arc<Mutex<Delta>>, dir: PathBuf, mark: Mark) -> Result<u64> {
     let runtime = tokio::runtime::Handle::current();
     // Parquet is encoded on the thread that polls: not on one that serves sockets.
+    let span = tracing::Span::current();
     let committed = tokio::task::spawn_blocking(move || {
+        let _entered = span.enter();
         runtime.block_on(async move {
             let mut delta = delta.lock().await;
             append_stored(&mut delta, &dir, &mark).await?;

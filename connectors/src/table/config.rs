@@ -48,7 +48,7 @@ impl SinkConfig for TableConfig {
     const NAME: &'static str = "table";
     const EXAMPLE: &'static str = "table: { name: bearing_scores, commit_every: 5s }";
 
-    fn plan(self, inputs: &[Input], _context: &PlanContext) -> Planned<SinkPlan> {
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
         let mut problems = Vec::new();
         if let Err(problem) = check_name(&self.name) {
             problems.push(problem);
@@ -59,6 +59,11 @@ impl SinkConfig for TableConfig {
                     .help("write for example 64MiB, or leave it out"),
             );
         }
+        problems
+    }
+
+    fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<SinkPlan> {
+        let mut problems = self.check(context);
         match common_schema(inputs) {
             Ok(schema) if problems.is_empty() => Ok(self.planned(schema)),
             Ok(_) => Err(problems),
@@ -168,6 +173,13 @@ mod tests {
             assert_eq!(problems.len(), 1, "{name}");
             assert_eq!(problems[0].path, "/name");
         }
+    }
+
+    #[test]
+    fn the_name_and_the_limits_are_checked_without_inputs() {
+        let found = config(serde_json::json!({"name": "X-Y", "commit_bytes": "0B"})).check(&PlanContext::default());
+        assert_eq!(found.iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["/name", "/commit_bytes"]);
+        assert!(config(serde_json::json!({"name": "x_y"})).check(&PlanContext::default()).is_empty());
     }
 
     #[test]

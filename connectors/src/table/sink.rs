@@ -21,6 +21,7 @@ use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
 use super::commit::{Committed, Mark, Stored, commit, commit_when_due};
 use super::delta::{Delta, tail_dir};
@@ -247,7 +248,7 @@ impl Open {
         let wait = if std::mem::take(&mut self.overdue) { Duration::ZERO } else { settings.commit_every };
         let limit = self.committed.bytes.saturating_add(settings.commit_bytes);
         let due = commit_when_due(Arc::clone(&self.delta), self.dir.clone(), self.stored.subscribe(), wait, limit);
-        self.committing = Some(tokio::spawn(due));
+        self.committing = Some(tokio::spawn(due.in_current_span()));
     }
 
     /// Waits for the background commit, if there is one, and takes its result.

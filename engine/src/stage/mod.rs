@@ -1,6 +1,7 @@
 //! The stage loops: one task a stage (or a fused chain of stages). They move elements from edge to edge,
 //! act on error classes, align barriers and report to the epoch coordinator. Components are called
-//! from here and from nowhere else.
+//! from here and from nowhere else. Each task runs in a span that carries the names of pipeline and stage, so that log
+//! lines need not.
 
 mod chain;
 mod inputs;

@@ -10,6 +10,7 @@ use futures::stream::{FuturesOrdered, FuturesUnordered};
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::inputs::Arrival;
 use super::{Inputs, Loop, Outbox, Passed, Rejects, Report, Stop, failed};
@@ -122,7 +123,7 @@ impl Ordered {
         self.metrics.bytes_in.inc_by(batch.bytes() as u64);
         self.metrics.batches_in.inc();
         let (callee, metrics, name, seed) = (self.callee.clone(), self.metrics.clone(), self.name.clone(), self.context.seed);
-        let task = self.handle.spawn(async move {
+        let calling = async move {
             let mut backoff = Backoff::for_calls(seed);
             loop {
                 let began = std::time::Instant::now();
@@ -143,12 +144,13 @@ impl Ordered {
                     Class::Retry => {
                         let wait = backoff.next();
                         metrics.retries.inc();
-                        tracing::warn!(stage = %name, %error, tries = backoff.tries(), "will try again in {wait:?}");
+                        tracing::warn!(%error, tries = backoff.tries(), "will try again in {wait:?}");
                         sleep(wait).await;
                     }
                 }
             }
-        });
+        };
+        let task = self.handle.spawn(calling.in_current_span());
         let (task, name) = (AbortOnDropHandle::new(task), self.name.clone());
         Box::pin(async move {
             Leaving::Outputs(match task.await {

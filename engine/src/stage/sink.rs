@@ -39,7 +39,7 @@ macro_rules! retry {
                     Class::Retry => {
                         let wait = backoff.next();
                         $stage.metrics.retries.inc();
-                        tracing::warn!(stage = %$stage.name, %error, tries = backoff.tries(), concat!($what, " failed; will try again in {:?}"), wait);
+                        tracing::warn!(%error, tries = backoff.tries(), concat!($what, " failed; will try again in {:?}"), wait);
                         sleep(wait).await;
                     }
                     _ => break Err(error),

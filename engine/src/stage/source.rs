@@ -176,7 +176,7 @@ impl SourceStage {
                 if error.class() == Class::Fatal {
                     return Err(failed(&self.name, error));
                 }
-                tracing::warn!(stage = %self.name, %error, "committing failed; the next commit covers it");
+                tracing::warn!(%error, "committing failed; the next commit covers it");
                 Ok(())
             }
         }
@@ -188,7 +188,7 @@ impl SourceStage {
             Class::Retry => {
                 let wait = backoff.next();
                 self.metrics.retries.inc();
-                tracing::warn!(stage = %self.name, %error, tries = backoff.tries(), "will try again in {wait:?}");
+                tracing::warn!(%error, tries = backoff.tries(), "will try again in {wait:?}");
                 Ok(Instant::now() + wait)
             }
             Class::Reject | Class::Fatal => Err(failed(&self.name, error)),

@@ -9,7 +9,7 @@ use afferent_engine::component::{
     BuildContext, Input, OperatorBuild, OperatorConfig, OperatorPlan, Output, PlanContext, Planned, Problem,
 };
 use afferent_engine::operator::Operator;
-use afferent_models::Signature;
+use afferent_models::{Signature, TensorSpec};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -121,12 +121,22 @@ impl OperatorConfig for InferConfig {
     const EXAMPLE: &'static str = "infer: { model: exercise, inputs: { window: [ax, ay, az, wx, wy, wz] }, stack: last, \
         outputs: { probabilities: { label: exercise, score: p } } }";
 
+    fn check(&self, context: &PlanContext) -> Vec<Problem> {
+        let served = match self.served(context) {
+            Ok(served) => served,
+            Err(problem) => return vec![problem],
+        };
+        let signature = served.model.signature();
+        let mut problems = self.unknown_inputs(signature);
+        problems.extend(signature.inputs.iter().filter_map(|spec| self.without_columns(spec)));
+        problems.extend(self.calls(&served).err().into_iter().flatten());
+        problems.extend(outputs::plan(&served, &self.outputs).err().into_iter().flatten());
+        problems
+    }
+
     fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<OperatorPlan> {
         let schema = &columns::only(inputs, Self::NAME)?.schema;
-        let Some(server) = context.service::<ModelServer>() else {
-            return Err(vec![Problem::new("missing-model", "/model", "no model repository is set up in this process")]);
-        };
-        let served = server.load(&self.model, self.version).map_err(|problem| vec![problem])?;
+        let served = self.served(context).map_err(|problem| vec![problem])?;
 
         let mut problems = Vec::new();
         let bindings = settle(self.bind(served.model.signature(), schema), &mut problems);
@@ -189,28 +199,40 @@ fn settle<T>(planned: Planned<T>, problems: &mut Vec<Problem>) -> Option<T> {
 }
 
 impl InferConfig {
+    fn served(&self, context: &PlanContext) -> std::result::Result<Arc<Served>, Problem> {
+        let none = || Problem::new("missing-model", "/model", "no model repository is set up in this process");
+        context.service::<ModelServer>().ok_or_else(none)?.load(&self.model, self.version)
+    }
+
+    /// Names under `inputs` that the model does not know.
+    fn unknown_inputs(&self, signature: &Signature) -> Vec<Problem> {
+        let known: Vec<&str> = signature.inputs.iter().map(|spec| spec.name.as_str()).collect();
+        let unknown = self.inputs.keys().filter(|name| signature.input(name).is_none());
+        let problem = |name: &String| {
+            let message = format!("the model `{}` has no input `{name}`", self.model);
+            Problem::new("unknown-input", format!("/inputs/{}", escaped(name)), message)
+                .help(columns::one_of(name, &known, "inputs"))
+        };
+        unknown.map(problem).collect()
+    }
+
+    fn without_columns(&self, spec: &TensorSpec) -> Option<Problem> {
+        (!self.inputs.contains_key(&spec.name)).then(|| {
+            Problem::new("missing-input", "/inputs", format!("the model's input {spec} has no columns"))
+                .help(format!("add `{}: [COLUMN]` for it", spec.name))
+        })
+    }
+
     /// Every input of the model with its columns.
     fn bind(&self, signature: &Signature, schema: &Schema) -> Planned<Vec<Binding>> {
-        let mut problems: Vec<Problem> = self
-            .inputs
-            .keys()
-            .filter(|name| signature.input(name).is_none())
-            .map(|name| {
-                let known: Vec<&str> = signature.inputs.iter().map(|spec| spec.name.as_str()).collect();
-                let message = format!("the model `{}` has no input `{name}`", self.model);
-                Problem::new("unknown-input", format!("/inputs/{}", escaped(name)), message)
-                    .help(columns::one_of(name, &known, "inputs"))
-            })
-            .collect();
+        let mut problems = self.unknown_inputs(signature);
         let mut bindings = Vec::with_capacity(signature.inputs.len());
         for spec in &signature.inputs {
+            problems.extend(self.without_columns(spec));
             match self.inputs.get(&spec.name).map(|names| bind::bind(spec, names, self.stack, schema)) {
                 Some(Ok(binding)) => bindings.push(binding),
                 Some(Err(found)) => problems.extend(found),
-                None => problems.push(
-                    Problem::new("missing-input", "/inputs", format!("the model's input {spec} has no columns"))
-                        .help(format!("add `{}: [COLUMN]` for it", spec.name)),
-                ),
+                None => {}
             }
         }
         if problems.is_empty() { Ok(bindings) } else { Err(problems) }

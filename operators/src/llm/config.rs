@@ -90,6 +90,8 @@ pub enum ResponseFormat {
     /// By a JSON Schema, made of `output`, that the provider enforces.
     #[default]
     JsonSchema,
+    /// As a JSON object with that schema beside it, as llama.cpp and its Python server take it.
+    JsonObjectSchema,
     /// As any JSON object; the prompt must say which.
     JsonObject,
     /// Not at all; the prompt must say it.
@@ -179,6 +181,23 @@ impl OperatorConfig for LlmConfig {
     const EXAMPLE: &'static str = "llm: { url: \"http://127.0.0.1:8080/v1\", model: smollm2, \
         prompt: { template: \"Sensor {{ device }} reads {{ value }}. Summarise it and say how urgent it is, 0 to 9.\" }, \
         output: { summary: utf8, urgency: int8 } }";
+
+    fn check(&self, context: &PlanContext) -> Vec<Problem> {
+        let mut problems = self.bad_values();
+        let template = self.template(context).and_then(|(name, text)| Prompt::check(&name, text));
+        problems.extend(template.err().into_iter().flatten());
+        if let Err(error) = Answer::new(&self.output) {
+            problems.push(Problem::new("unsupported-type", "/output", error.to_string()));
+        }
+        problems
+    }
+
+    fn declares(&self, inputs: &[Input]) -> Option<Vec<Output>> {
+        let [input] = inputs else { return None };
+        let mut problems = Vec::new();
+        let schema = self.schema(&input.schema, &mut problems);
+        problems.is_empty().then(|| vec![Output { name: String::new(), schema }])
+    }
 
     fn plan(self, inputs: &[Input], context: &PlanContext) -> Planned<OperatorPlan> {
         let input = &columns::only(inputs, Self::NAME)?.schema;
@@ -313,6 +332,17 @@ mod tests {
 
     fn with(rest: &str) -> String {
         format!(r#"{{"url":"http://127.0.0.1:1/v1","model":"m","output":{{"summary":"utf8!","urgency":"int8"}},{rest}}}"#)
+    }
+
+    #[test]
+    fn what_needs_no_columns_is_checked_without_inputs() {
+        let text = with(r#""prompt":{"template":"{{ nothing"}"#).replace("http://127.0.0.1:1/v1", "nourl");
+        let config: LlmConfig = serde_json::from_str(&text).unwrap();
+        let found = config.check(&PlanContext::default());
+        assert_eq!(found.iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["/url", "/prompt"]);
+        // What leaves is known all the same.
+        let declared = config.declares(&[Input { name: "readings".into(), schema: readings() }]).unwrap();
+        assert_eq!(declared[0].schema.field(readings().fields().len()).name(), "summary");
     }
 
     #[test]

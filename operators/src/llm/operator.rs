@@ -39,6 +39,7 @@ impl Question {
             ResponseFormat::JsonSchema => {
                 Some(json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": schema, "strict": true } }))
             }
+            ResponseFormat::JsonObjectSchema => Some(json!({ "type": "json_object", "schema": schema })),
             ResponseFormat::JsonObject => Some(json!({ "type": "json_object" })),
             ResponseFormat::None => None,
         };
@@ -334,6 +335,17 @@ mod tests {
         let limits = super::super::client::Limits { deadline: std::time::Duration::from_millis(50), retries: 2 };
         let client = ChatClient::new(&silent.url, None, limits).unwrap();
         assert_eq!(client.complete(&json!({})).await.unwrap_err(), "no answer within 50ms");
+    }
+
+    #[tokio::test]
+    async fn the_form_of_the_answer_is_told_as_the_provider_takes_it() {
+        for (word, expected) in [("json_object_schema", json!("integer")), ("json_object", Value::Null)] {
+            let provider = provider(|_, _| async { response("200 OK", "", "{}") }).await;
+            answered(&*operator(&provider.url, &format!(r#","response_format":"{word}""#)), rows(0..1)).await;
+            let format = &provider.requests.lock().unwrap()[0].1["response_format"];
+            assert_eq!(format["type"], "json_object");
+            assert_eq!(format["schema"]["properties"]["urgency"]["type"], expected, "{word}");
+        }
     }
 
     #[tokio::test]

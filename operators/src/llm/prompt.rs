@@ -30,26 +30,40 @@ struct Inner {
     encoder: JsonEncoder,
 }
 
+/// An environment that knows the template, and the variables in it.
+fn read(name: &str, text: String) -> std::result::Result<(Environment<'static>, BTreeSet<String>), Vec<Problem>> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    // A question is no web page, whatever the file is called.
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    let wrong = |error: &minijinja::Error| {
+        let line = error.line().map_or(String::new(), |line| format!(" in line {line}"));
+        let cause = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+        vec![Problem::new("bad-template", "/prompt", format!("the template of `{name}` is wrong{line}: {cause}"))]
+    };
+    environment.add_template_owned(TEMPLATE, text).map_err(|error| wrong(&error))?;
+    let used = match environment.get_template(TEMPLATE) {
+        Ok(template) => template.undeclared_variables(false).into_iter().collect(),
+        Err(error) => return Err(wrong(&error)),
+    };
+    Ok((environment, used))
+}
+
 impl Prompt {
+    /// Whether a template can be read, whatever the columns are.
+    ///
+    /// # Errors
+    /// A problem at `/prompt`: the syntax.
+    pub(super) fn check(name: &str, text: String) -> std::result::Result<(), Vec<Problem>> {
+        read(name, text).map(drop)
+    }
+
     /// Reads a template; `name` is what its author calls it.
     ///
     /// # Errors
     /// Problems at `/prompt`: the syntax, variables that are no columns, columns that cannot be written in a text.
     pub(super) fn new(name: &str, text: String, schema: &SchemaRef) -> std::result::Result<Self, Vec<Problem>> {
-        let mut environment = Environment::new();
-        environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        // A question is no web page, whatever the file is called.
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        let wrong = |error: &minijinja::Error| {
-            let line = error.line().map_or(String::new(), |line| format!(" in line {line}"));
-            let cause = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-            vec![Problem::new("bad-template", "/prompt", format!("the template of `{name}` is wrong{line}: {cause}"))]
-        };
-        environment.add_template_owned(TEMPLATE, text).map_err(|error| wrong(&error))?;
-        let used: BTreeSet<String> = match environment.get_template(TEMPLATE) {
-            Ok(template) => template.undeclared_variables(false).into_iter().collect(),
-            Err(error) => return Err(wrong(&error)),
-        };
+        let (environment, used) = read(name, text)?;
         let functions: BTreeSet<&str> = environment.globals().map(|(name, _)| name).collect();
         let (mut indices, mut problems) = (Vec::new(), Vec::new());
         for variable in &used {

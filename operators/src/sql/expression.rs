@@ -12,7 +12,7 @@ use datafusion::common::{DFSchema, DataFusionError, SchemaError};
 use datafusion::execution::context::{SessionConfig, SessionContext, SessionState};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::sql::parser::DFParserBuilder;
-use datafusion::sql::sqlparser::ast::{Ident, Spanned};
+use datafusion::sql::sqlparser::ast::{ExprWithAlias, Ident, Spanned};
 use datafusion::sql::sqlparser::parser::ParserError;
 
 use super::{place, refusal};
@@ -33,18 +33,15 @@ pub(crate) fn session() -> SessionContext {
 pub(crate) struct Condition(Arc<dyn PhysicalExpr>);
 
 impl Condition {
+    /// What is wrong with the text of a condition whatever the columns are.
+    pub(crate) fn check(session: &SessionState, text: &str, path: &str) -> Vec<Problem> {
+        parse(session, text, path).err().unwrap_or_default()
+    }
+
     /// Plans the text of a condition; problems are at `path`.
     pub(crate) fn plan(session: &SessionState, text: &str, schema: &SchemaRef, path: &str) -> Result<Self, Vec<Problem>> {
         let told = |error: DataFusionError| problems(&error, text, path);
-        let parser = DFParserBuilder::new(text).build();
-        let parsed = parser.and_then(|mut parser| parser.parse_into_expr()).map_err(told)?;
-        if let Some(alias) = &parsed.alias {
-            return Err(vec![alias_problem(alias, text, path)]);
-        }
-        let refused = refusal::of_expression(session, &parsed.expr, text, path);
-        if !refused.is_empty() {
-            return Err(refused);
-        }
+        let parsed = parse(session, text, path)?;
         let start = place::byte_of(text, parsed.expr.span().start).unwrap_or(0);
         let columns = DFSchema::try_from(schema.clone()).map_err(told)?;
         let planned = session
@@ -77,6 +74,17 @@ impl Condition {
             None => mask.clone(),
         })
     }
+}
+
+fn parse(session: &SessionState, text: &str, path: &str) -> Result<ExprWithAlias, Vec<Problem>> {
+    let parser = DFParserBuilder::new(text).build();
+    let parsed = parser.and_then(|mut parser| parser.parse_into_expr());
+    let parsed = parsed.map_err(|error| problems(&error, text, path))?;
+    if let Some(alias) = &parsed.alias {
+        return Err(vec![alias_problem(alias, text, path)]);
+    }
+    let refused = refusal::of_expression(session, &parsed.expr, text, path);
+    if refused.is_empty() { Ok(parsed) } else { Err(refused) }
 }
 
 fn alias_problem(alias: &Ident, text: &str, path: &str) -> Problem {

@@ -231,9 +231,18 @@ impl Walk<'_> {
             self.found.refuse("`unnest`", help, at);
         } else if scalar.is_none() && self.session.aggregate_functions().contains_key(&lower) {
             self.found.refuse(&format!("the aggregate function `{lower}`"), ROW_WISE, at);
-        } else if scalar.is_some_and(|f| f.signature().volatility == Volatility::Stable) {
-            let help = "time in a stream is in its columns: use the event time, or `keep: [timestamp]` at `decode`";
-            self.found.refuse(&format!("the clock (`{lower}`)"), help, at);
+        } else {
+            match scalar.map(|f| f.signature().volatility) {
+                Some(Volatility::Stable) => {
+                    let help = "time in a stream is in its columns: use the event time, or `keep: [timestamp]` at `decode`";
+                    self.found.refuse(&format!("the clock (`{lower}`)"), help, at);
+                }
+                Some(Volatility::Volatile) => {
+                    let help = "rows that come again after a restart must get the same values: take them from the columns";
+                    self.found.refuse(&format!("the function `{lower}`, which gives another value at each call,"), help, at);
+                }
+                Some(Volatility::Immutable) | None => {}
+            }
         }
     }
 }

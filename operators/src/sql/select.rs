@@ -55,6 +55,13 @@ impl OperatorConfig for SqlConfig {
         Some(names)
     }
 
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        match parse(&self.0) {
+            Ok(query) => refusal::of_query(&session().state(), &query, &self.0, PATH),
+            Err(problems) => problems,
+        }
+    }
+
     fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
         let select = Select::plan(&self.0, inputs)?;
         let schema = select.schema.clone();
@@ -366,6 +373,8 @@ mod tests {
             ("select device from input where p in (select 1)", "select 1"),
             ("select device from generate_series(1, 3)", "generate_series"),
             ("select device, now() as t from input", "now"),
+            ("select device, round(random() * 10) as r from input", "random"),
+            ("select device from input where uuid() > 'a'", "uuid"),
             ("select 1 as one", "select"),
             ("delete from input", "delete"),
             ("select device from input; select 1", "select 1"),

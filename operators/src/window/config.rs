@@ -64,6 +64,14 @@ impl OperatorConfig for WindowConfig {
     const EXAMPLE: &'static str = "window: { by: [device], rows: 100, step: 50, select: [\"device\", \"max(ts) as ts\", \
                                    \"array_agg(ax) as ax\"] }";
 
+    fn check(&self, _: &PlanContext) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        self.rhythm(&mut problems);
+        problems.extend(self.nothing_selected());
+        problems.extend(self.select.iter().enumerate().filter_map(|(index, text)| item(text, &format!("/select/{index}")).err()));
+        problems
+    }
+
     fn plan(self, inputs: &[Input], _: &PlanContext) -> Planned<OperatorPlan> {
         let input = &columns::only(inputs, Self::NAME)?.schema;
         let mut problems = Vec::new();
@@ -99,6 +107,10 @@ impl OperatorConfig for WindowConfig {
     }
 }
 
+fn item(text: &str, path: &str) -> std::result::Result<Item, Problem> {
+    Item::parse(text).map_err(|mistake| Problem::new("bad-item", path, mistake.told).help(mistake.help))
+}
+
 impl WindowConfig {
     fn rhythm(&self, problems: &mut Vec<Problem>) -> Rhythm {
         let (rows, step) = (self.rows.get(), self.step.unwrap_or(self.rows).get());
@@ -116,6 +128,13 @@ impl WindowConfig {
             );
         }
         Rhythm { rows: rows as usize, step: step as usize, max_keys: self.max_keys.get() as usize }
+    }
+
+    fn nothing_selected(&self) -> Option<Problem> {
+        self.select.is_empty().then(|| {
+            Problem::new("nothing-selected", "/select", "a window without columns")
+                .help("select at least one, for example \"count(*) as n\"")
+        })
     }
 
     fn key_columns(&self, input: &Schema, problems: &mut Vec<Problem>) -> Vec<usize> {
@@ -142,12 +161,7 @@ impl WindowConfig {
 
     /// What leaves. Columns that functions read are added to those that are held.
     fn columns(&self, input: &Schema, held: &mut Vec<usize>, problems: &mut Vec<Problem>) -> (Vec<Column>, Vec<Field>) {
-        if self.select.is_empty() {
-            problems.push(
-                Problem::new("nothing-selected", "/select", "a window without columns")
-                    .help("select at least one, for example \"count(*) as n\""),
-            );
-        }
+        problems.extend(self.nothing_selected());
         let (mut output, mut fields): (Vec<Column>, Vec<Field>) = (Vec::new(), Vec::new());
         for (index, text) in self.select.iter().enumerate() {
             let path = format!("/select/{index}");
@@ -173,8 +187,7 @@ impl WindowConfig {
         held: &mut Vec<usize>,
         path: &str,
     ) -> std::result::Result<(Column, Field), Problem> {
-        let Item { name, what } =
-            Item::parse(text).map_err(|mistake| Problem::new("bad-item", path, mistake.told).help(mistake.help))?;
+        let Item { name, what } = item(text, path)?;
         match what {
             What::Rows => Ok((Column::Rows, Field::new(name, DataType::Int64, false))),
             What::Key(column) => {
@@ -242,6 +255,14 @@ mod tests {
         assert_eq!(names, ["d", "ax", "count(*)"]);
         assert_eq!(fixed.field(1).data_type(), &DataType::FixedSizeList(item.clone(), 4));
         assert_eq!(plan("emit").field(1).data_type(), &DataType::List(item));
+    }
+
+    #[test]
+    fn what_needs_no_columns_is_checked_without_inputs() {
+        let text = r#"{"by":["nobody"],"rows":2,"step":5,"select":["nothing","median(ax)","last(ax)"]}"#;
+        let config: WindowConfig = serde_json::from_str(text).unwrap();
+        let found = config.check(&PlanContext::default());
+        assert_eq!(found.iter().map(|p| p.path.as_str()).collect::<Vec<_>>(), ["/step", "/select/1"]);
     }
 
     #[test]
